@@ -1,0 +1,158 @@
+"""The checkpoint on disk: `reft_config.json`, `reft_model.safetensors` and a model card; read strictly, as data only."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vlreft.config import ReftConfig
+
+CONFIG_NAME = "reft_config.json"
+WEIGHTS_NAME = "reft_model.safetensors"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What identifies the base model an adapter was made for: its type and the shape of its sites.
+
+    sites maps a site's name to [number of blocks, width]. name_or_path is for people; it is not compared.
+    """
+
+    model_type: str
+    class_name: str
+    name_or_path: str
+    sites: dict[str, list[int]]
+
+    def __str__(self) -> str:
+        """Name the base and its shape."""
+        shape = ", ".join(f"{site} {blocks} x {width}" for site, (blocks, width) in self.sites.items())
+        return f"{self.name_or_path or self.class_name} ({self.model_type}: {shape})"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint folder holds."""
+
+    config: ReftConfig
+    base: Base
+    tensors: dict[str, Tensor]
+
+
+def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Write the three files; each appears whole or not at all. Tensors are stored in float32."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in checkpoint.tensors.items()}
+    data = checkpoint.config.to_dict() | {"base": asdict(checkpoint.base)}
+    _replace(path / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    _replace(path / CONFIG_NAME, json.dumps(data, indent=2).encode())
+    _replace(path / CARD_NAME, _card(checkpoint, sum(t.numel() for t in tensors.values())).encode())
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint folder. Raises ValueError naming the file that is missing, broken or of another format."""
+    path = Path(folder)
+    data = _read_config(path / CONFIG_NAME)
+    base_data = data.pop("base", None)
+    try:
+        config = ReftConfig.from_dict(data)
+        base = Base(**base_data) if isinstance(base_data, dict) else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / CONFIG_NAME} is not a vlreft config: {error}") from error
+    if base is None:
+        raise ValueError(f"{path / CONFIG_NAME} does not say which base it is for: it has no 'base'")
+    return Checkpoint(config, base, _read_tensors(path / WEIGHTS_NAME))
+
+
+def check_base(saved: Base, actual: Base, folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError, naming both, if an adapter was made for a base of another type or shape."""
+    if (saved.model_type, saved.sites) != (actual.model_type, actual.sites):
+        raise ValueError(f"the adapter in {folder} was made for another base: for {saved}, not for {actual}")
+
+
+def copy_tensors(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into the parameters of the same names, in place, so that optimisers keep their parameters.
+
+    Raises ValueError listing missing, surplus and misshapen tensors; then nothing was copied.
+    """
+    missing, surplus = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    problems = [f"missing {missing}"] * bool(missing) + [f"surplus {surplus}"] * bool(surplus)
+    for name in sorted(set(tensors) & set(parameters)):
+        if tensors[name].shape != parameters[name].shape:
+            wanted, got = tuple(parameters[name].shape), tuple(tensors[name].shape)
+            problems.append(f"'{name}' has shape {got} in the file and {wanted} by its config")
+        elif tensors[name].dtype != torch.float32:
+            problems.append(f"'{name}' is {tensors[name].dtype} in the file, it must be torch.float32")
+    if problems:
+        raise ValueError(f"{source} does not fit its config: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no vlreft checkpoint in {path.parent}: there is no {path.name}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"no weights in {path.parent}: there is no {path.name}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write next to the target, flush to disk, then rename over it: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _card(checkpoint: Checkpoint, num_parameters: int) -> str:
+    base = checkpoint.base
+    rows = "\n".join(
+        f"| {item.method} | {item.site} | {item.layers} | `{item.positions}` | {item.rank} | {item.tied} |"
+        for item in checkpoint.config.interventions
+    )
+    return f"""---
+library_name: vlreft
+base_model: {base.name_or_path or base.class_name}
+tags: [reft, representation-finetuning]
+---
+
+# A vlreft adapter
+
+Interventions on the hidden states of a frozen {base.class_name}; {num_parameters:,} numbers were trained.
+
+| method | site | layers | positions | rank | tied |
+|---|---|---|---|---|---|
+{rows}
+
+```python
+import vlreft
+
+reft = vlreft.load(model, "path/to/this/folder")  # model: the frozen base, a {base.class_name}
+```
+"""

@@ -1,0 +1,436 @@
+"""`Collator`: examples or chat messages to a batch with labels, for text and for images.
+
+Legend: B rows of a batch, S tokens of a row once padded. Ids are int64; masks are 1 on real tokens and 0 on padding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+logger = logging.getLogger("vlreft")
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+TAIL = 64  # characters of the prompt that its answer is tokenised with; more than any token is long
+# What `token_type_ids` say of an answer: 0 ("text") almost everywhere. PaliGemma's say whether a token sees the tokens
+# behind it (0) or not (1): with 0 an answer would be read before it is predicted.
+ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
+
+
+class _Conversation(NamedTuple):
+    """An example read: what the chat template takes, with the images aside."""
+
+    name: str  # how errors call the example
+    messages: list[dict[str, Any]]  # the prompt's; every content a list of text and image parts
+    images: list[Image.Image]
+    answer: str | None
+    question: str | None  # None when the example was given as messages
+
+
+class _Sample(NamedTuple):
+    """An example rendered: `text` holds one placeholder per image, `answer` is the text that follows it."""
+
+    name: str
+    text: str
+    images: list[Image.Image]
+    answer: str | None
+
+
+class Collator:
+    """Turn examples into training batches, and into generation batches with the very same prompt ids.
+
+    An example has columns `question`, `answer` and optionally `image` or `images` (PIL images or paths), or `messages`
+    in the hub's chat form, the assistant's last one being the answer. Under `transformers.Trainer`, set
+    `remove_unused_columns=False`. `max_length` counts tokens, image tokens included; `overflow` says what becomes of an
+    answer beyond it ("cut" drops the answer's end, its end token included). `prompt_format` is for models without a
+    chat template. Raises: ValueError, naming the sample.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        overflow: Literal["error", "cut"] = "error",
+        prompt_format: str = "{question}",
+    ) -> None:
+        _check_settings(max_length, overflow, prompt_format)
+        self.processor = processor
+        self.tokenizer = _tokenizer_of(processor)
+        self.max_length, self.overflow, self.prompt_format = max_length, overflow, prompt_format
+        self.is_text_only = processor is self.tokenizer
+        # BLIP-2 keeps an AddedToken here, whose `str` is its text.
+        token = None if self.is_text_only else getattr(processor, "image_token", None)
+        self.image_token = None if token is None else str(token)
+        self._image_ids = frozenset() if self.is_text_only else _media_ids(processor, ["image"])
+        self._media_ids = frozenset() if self.is_text_only else _media_ids(processor, ["image", "video", "audio"])
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a training batch: prompt and answer, right padded, with the answer and its end token as labels.
+
+        Shapes: input_ids, attention_mask, labels (-100 on prompt and padding) and token types, all BS; what else the
+        processor makes (pixel_values, image_grid_thw, ...) as it makes it. Raises: ValueError, naming the sample.
+        """
+        samples = [self._render(_read(example, place, training=True)) for place, example in enumerate(examples)]
+        aligned, rest = self._encode(samples)
+        answers = [self._answer_ids(sample) for sample in samples]
+        answers = [self._fit(*row) for row in zip(samples, aligned["input_ids"], answers, strict=True)]
+        labels = [
+            torch.cat([torch.full_like(ids, IGNORED), torch.tensor(answer)])
+            for ids, answer in zip(aligned["input_ids"], answers, strict=True)
+        ]
+        for key, rows in aligned.items():
+            aligned[key] = [self._extend(key, *row) for row in zip(rows, answers, strict=True)]
+        return {**self._pad({**aligned, "labels": labels}, "right"), **rest}
+
+    def prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a generation batch: the prompts alone, left padded, for `model.generate(**batch)`.
+
+        Row by row the ids are those of the prompt part of `self(examples)`. Answers may be absent, and messages may end
+        with the user's. Shapes: as in `__call__`, without labels. Raises: ValueError, naming the sample.
+        """
+        samples = [self._render(_read(example, place, training=False)) for place, example in enumerate(examples)]
+        aligned, rest = self._encode(samples)
+        for sample, ids in zip(samples, aligned["input_ids"], strict=True):
+            self._fit(sample, ids, [])
+        return {**self._pad(aligned, "left"), **rest}
+
+    def decode(self, generated_ids_BS: Tensor, prompt_length: int) -> list[str]:
+        """Give the text that follows the first `prompt_length` tokens of each row, without special tokens.
+
+        Shapes: generated_ids_BS as `generate` returns it for `prompts`, S at least `prompt_length`. Units: tokens.
+        """
+        if generated_ids_BS.ndim != 2 or not 0 <= prompt_length <= generated_ids_BS.shape[1]:
+            raise ValueError(
+                f"`prompt_length` (={prompt_length}) must lie within the rows of `generated_ids_BS` (shape "
+                f"{tuple(generated_ids_BS.shape)}); pass the width of the prompts' `input_ids`."
+            )
+        texts = self.tokenizer.batch_decode(generated_ids_BS[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _render(self, conversation: _Conversation) -> _Sample:
+        name, messages, images, answer, question = conversation
+        self._check_answer(name, answer)
+        if images and self.image_token is None:
+            raise ValueError(
+                f"{name} has {len(images)} image(s), but {type(self.processor).__name__} has no image token; pass the "
+                "processor of a vision-language model, or leave the images out."
+            )
+        if self.processor.chat_template:
+            text = self._chat(messages, add_generation_prompt=True)
+            answer = None if answer is None else self._follow(messages, text, answer)
+        elif question is None:
+            raise ValueError(
+                f"{name} is given as `messages`, but {type(self.processor).__name__} has no chat template; give "
+                "`question` and `answer`, or set the processor's `chat_template`."
+            )
+        else:
+            text = (self.image_token or "") * len(images) + self.prompt_format.format(question=question)
+            # Words are told apart by a space; a bare answer would be glued to the prompt's last word.
+            glued = answer is not None and not text[-1:].isspace() and not answer[:1].isspace()
+            answer = f" {answer}" if glued else answer
+        self._check_placeholders(name, text, len(images))
+        return _Sample(name, text, images, answer)
+
+    def _check_answer(self, name: str, answer: str | None) -> None:
+        end = str(self.tokenizer.eos_token)
+        if answer and end in answer.strip().removesuffix(end):
+            raise ValueError(
+                f"{name} has an answer with the end token {end!r} inside; what follows it would never be learnt: remove it."
+            )
+
+    def _chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        if self.is_text_only:  # their templates add strings; a processor's walk through parts and lose strings
+            messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return str(text)
+
+    def _follow(self, messages: list[dict[str, Any]], text: str, answer: str) -> str:
+        """What the template writes after the prompt, its own spacing and end of turn included, else the bare answer."""
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        whole = self._chat([*messages, reply], add_generation_prompt=False)
+        if not whole.startswith(text) or answer.strip() not in whole[len(text) :]:
+            return answer
+        # Blanks between this turn and the next are no part of the answer, as in LLaVA-1.5's own training.
+        return whole[len(text) :].rstrip()
+
+    def _check_placeholders(self, name: str, text: str, num_images: int) -> None:
+        num_placeholders = text.count(self.image_token) if self.image_token else 0
+        if num_placeholders != num_images:
+            raise ValueError(
+                f"{name} has {num_images} image(s) and {num_placeholders} place(s) for them in its prompt; "
+                + (
+                    "give an image for each image entry of the messages, and leave the image token "
+                    f"{self.image_token!r} out of the question."
+                    if num_placeholders > num_images
+                    else "add an entry {'type': 'image'} to the messages for each image."
+                )
+            )
+
+    def _encode(self, samples: list[_Sample]) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+        """The prompts as rows without padding (whatever runs along the sequence), and all else the processor made."""
+        if not samples:
+            raise ValueError("`examples` (=[]) must hold at least one example.")
+        texts = [sample.text for sample in samples]
+        options: dict[str, Any] = {"add_special_tokens": not self._has_bos(samples), "truncation": False}
+        if self.is_text_only:  # row by row: needs no pad token and leaves the tokenizer's padding as it is
+            encoded = self.tokenizer(texts, padding=False, **options)
+            aligned = {key: [torch.tensor(row) for row in rows] for key, rows in encoded.items()}
+            rest: dict[str, Any] = {}
+        else:
+            images = [sample.images for sample in samples]  # nested: some processors take a flat list for one row's
+            options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+            encoded = self.processor(text=texts, images=images if any(images) else None, **options)
+            aligned, rest = _split(dict(encoded))
+        aligned.pop("attention_mask", None)
+        for sample, ids in zip(samples, aligned["input_ids"], strict=True):
+            self._check_prompt(sample, ids.tolist())
+        return aligned, rest
+
+    def _has_bos(self, samples: list[_Sample]) -> bool:
+        """Whether the prompts begin with the start token already, so that the tokenizer must not add its own."""
+        bos = self.tokenizer.bos_token
+        having = [bool(bos) and sample.text.startswith(str(bos)) for sample in samples]
+        if any(having) and not all(having):
+            raise ValueError(
+                f"{samples[having.index(True)].name} begins with the start token {bos!r} and "
+                f"{samples[having.index(False)].name} does not; leave it out, the tokenizer adds it."
+            )
+        return all(having)
+
+    def _check_prompt(self, sample: _Sample, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError(f"{sample.name} has a prompt of 0 tokens; give it a question.")
+        if ids[-1] == self.tokenizer.eos_token_id and not sample.text.rstrip().endswith(str(self.tokenizer.eos_token)):
+            raise ValueError(
+                f"{sample.name}: the tokenizer ends the prompt with its end token {self.tokenizer.eos_token!r}, so no "
+                "answer could follow; make it not add one (`add_eos_token=False`)."
+            )
+
+    def _answer_ids(self, sample: _Sample) -> list[int]:
+        """The answer's ids, tokenised as they come after the prompt, up to and with one end token."""
+        answer, eos = str(sample.answer), self.tokenizer.eos_token_id
+        tail = sample.text.rsplit(self.image_token, 1)[-1] if self.image_token else sample.text
+        tail_ids = self._bare_ids(tail[-TAIL:])
+        ids = self._bare_ids(tail[-TAIL:] + answer)
+        # A tokenizer may merge the two where they meet; the prompt's ids must stay what generation sees.
+        ids = ids[len(tail_ids) :] if ids[: len(tail_ids)] == tail_ids else self._bare_ids(answer)
+        ids = ids[: ids.index(eos)] if eos in ids else ids
+        if not ids:
+            raise ValueError(f"{sample.name} has an answer that gives no tokens: {answer!r}; give it a text.")
+        forbidden = self._media_ids | ({self.tokenizer.pad_token_id} - {eos, None})
+        if found := sorted(forbidden.intersection(ids)):
+            raise ValueError(
+                f"{sample.name} has an answer with the special token(s) {self.tokenizer.convert_ids_to_tokens(found)}; "
+                "an answer is text: remove them."
+            )
+        return [*ids, eos]
+
+    def _bare_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+
+    def _fit(self, sample: _Sample, prompt_ids: Tensor, answer_ids: list[int]) -> list[int]:
+        """The answer's ids as far as `max_length` lets them; the prompt is never cut."""
+        if self.max_length is None or len(prompt_ids) + len(answer_ids) <= self.max_length:
+            return answer_ids
+        room = self.max_length - len(prompt_ids)
+        if room < 1:
+            num_image = sum(token in self._image_ids for token in prompt_ids.tolist())
+            raise ValueError(
+                f"{sample.name} has a prompt of {len(prompt_ids)} tokens, {num_image} of them image tokens, which leaves "
+                f"no room for an answer in `max_length` (={self.max_length}); raise `max_length` or use smaller images."
+            )
+        if self.overflow == "error":
+            raise ValueError(
+                f"{sample.name} has a prompt of {len(prompt_ids)} and an answer of {len(answer_ids)} tokens, more than "
+                f"`max_length` (={self.max_length}); raise it, or cut such answers with overflow='cut'."
+            )
+        logger.warning(
+            "%s: its answer is cut from %d to %d tokens to keep within max_length=%d.",
+            *(sample.name, len(answer_ids), room, self.max_length),
+        )
+        return answer_ids[:room]
+
+    def _extend(self, key: str, row: Tensor, answer_ids: list[int]) -> Tensor:
+        if key == "input_ids":
+            return torch.cat([row, torch.tensor(answer_ids)])
+        kind = ANSWER_TOKEN_TYPE.get(type(self.processor).__name__, 0) if key == "token_type_ids" else 0
+        return torch.cat([row, row.new_full([len(answer_ids)], kind)])
+
+    def _pad(self, aligned: dict[str, list[Tensor]], side: Literal["left", "right"]) -> dict[str, Tensor]:
+        # Masks come from lengths: where the pad token is the end token, comparing ids would hide real ends.
+        masks = [torch.ones_like(ids) for ids in aligned["input_ids"]]
+        pad = self.tokenizer.pad_token_id
+        fill = {"input_ids": self.tokenizer.eos_token_id if pad is None else pad, "labels": IGNORED}
+        return {
+            key: pad_sequence(rows, batch_first=True, padding_value=fill.get(key, 0), padding_side=side)
+            for key, rows in {**aligned, "attention_mask": masks}.items()
+        }
+
+
+def _check_settings(max_length: int | None, overflow: str, prompt_format: str) -> None:
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"`max_length` (={max_length}) must be at least 1 token; leave it None for no limit.")
+    if overflow not in ("error", "cut"):
+        raise ValueError(f"`overflow` (={overflow!r}) must be 'error' or 'cut'.")
+    try:
+        has_question = "\0" in prompt_format.format(question="\0")
+    except (KeyError, IndexError, ValueError):
+        has_question = False
+    if not has_question:
+        raise ValueError(f"`prompt_format` (={prompt_format!r}) must hold {{question}} and no other field; add it.")
+
+
+def _tokenizer_of(processor: object) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    is_processor = isinstance(processor, ProcessorMixin)
+    tokenizer = getattr(processor, "tokenizer", None) if is_processor else processor
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`processor` (a {type(processor).__name__}) must be a transformers processor with a tokenizer, or a "
+            "tokenizer; load it with AutoProcessor or AutoTokenizer."
+        )
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError("`processor` has a tokenizer without an end token, so no end could be learnt; set `eos_token`.")
+    if is_processor and tokenizer.pad_token_id is None:
+        raise ValueError("`processor` has a tokenizer without a pad token; set `pad_token`, to `eos_token` if need be.")
+    return tokenizer
+
+
+def _media_ids(processor: Any, kinds: list[str]) -> frozenset[int]:
+    return frozenset(i for kind in kinds for i in getattr(processor, f"{kind}_token_ids") if i is not None)
+
+
+def _split(encoded: dict[str, Any]) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+    """Tell what runs along the sequence (stripped of padding, by row) from the rest (as it is)."""
+    encoded.pop("labels", None)  # PaliGemma's processor makes its own, of the prompt alone
+    mask_BS = encoded["attention_mask"].bool()
+    aligned, rest = {}, {}
+    for key, value in encoded.items():
+        if not isinstance(value, Tensor) or value.shape[:2] != mask_BS.shape:
+            rest[key] = value
+        elif value.ndim == 2:
+            aligned[key] = [row[mask] for row, mask in zip(value, mask_BS, strict=True)]
+        else:
+            raise ValueError(
+                f"the processor's output `{key}` (shape {tuple(value.shape)}) runs along the sequence and has more to "
+                "it than one number a token; how an answer extends it is not known here: use another model."
+            )
+    return aligned, rest
+
+
+def _read(example: Mapping[str, Any], place: int, *, training: bool) -> _Conversation:
+    if not isinstance(example, Mapping):
+        raise ValueError(f"row {place} of the batch (a {type(example).__name__}) must be a mapping; see `Collator`.")
+    ids = [example[key] for key in ("id", "question_id") if example.get(key) is not None]
+    name = f"sample {ids[0]!r} (row {place} of the batch)" if ids else f"row {place} of the batch"
+    if example.get("messages") is not None:
+        return _read_messages(example, name, training=training)
+    if example.get("question") is None or (training and example.get("answer") is None):
+        raise ValueError(
+            f"{name} has the keys {sorted(map(str, example))}; expected `question` and `answer` (and `image` or "
+            "`images`), or `messages`. Under transformers.Trainer set remove_unused_columns=False."
+        )
+    question, images = _text(example["question"], name, "question"), _images_of(example, name)
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    answer = _answer(example["answer"], name) if training else None
+    return _Conversation(name, [{"role": "user", "content": parts}], images, answer, question)
+
+
+def _read_messages(example: Mapping[str, Any], name: str, *, training: bool) -> _Conversation:
+    messages = list(example["messages"])
+    last = messages[-1].get("role") if messages else None
+    if last != "assistant" and (training or last != "user"):
+        raise ValueError(
+            f"{name} must end with the assistant's message{'' if training else ' or the user' + chr(39) + 's'}; got "
+            f"the roles {[m.get('role') for m in messages]}: the last one is the answer."
+        )
+    if len(messages) == 1 and last == "assistant":
+        raise ValueError(f"{name} has no message before the assistant's; add what it answers to.")
+    column, images, prompt = iter(_images_of(example, name)), [], []
+    for message in messages[:-1] if last == "assistant" else messages:
+        parts = [_part(part, name, column, images) for part in _parts(message, name)]
+        prompt.append({**{k: v for k, v in message.items() if v is not None}, "content": parts})
+    answer = None
+    if training:
+        parts = [_part(part, name, iter(()), []) for part in _parts(messages[-1], name)]
+        if any(part["type"] == "image" for part in parts):
+            raise ValueError(f"{name} has an image in its answer; an answer is text: move the image to the prompt.")
+        answer = _answer("".join(part["text"] for part in parts), name)
+    return _Conversation(name, prompt, [*images, *column], answer, None)
+
+
+def _parts(message: Mapping[str, Any], name: str) -> list[Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if isinstance(content, (list, tuple)):
+        return list(content)
+    raise ValueError(f"{name} has a message whose content is {content!r}; it must be a text or a list of entries.")
+
+
+def _part(part: Any, name: str, column: Any, images: list[Image.Image]) -> dict[str, str]:
+    """One entry without its image, which goes to `images`: its own, else the next of the column, if there is one."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return {"type": "text", "text": _text(part.get("text"), name, "text")}
+    own = [part[key] for key in ("image", "path") if part.get(key) is not None] if kind == "image" else []
+    if kind != "image" or (not own and part.get("url") is not None):
+        raise ValueError(
+            f"{name} has a message entry {part!r}; it must be {{'type': 'text', 'text': ...}} or {{'type': 'image'}} "
+            "with a PIL image or a path under 'image': download what has a url."
+        )
+    images.extend([_open(own[0], name)] if own else [image for image in [next(column, None)] if image is not None])
+    return {"type": "image"}
+
+
+def _text(text: Any, name: str, key: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} has a `{key}` of type {type(text).__name__}; it must be a text.")
+    return text
+
+
+def _answer(answer: Any, name: str) -> str:
+    if not _text(answer, name, "answer").strip():
+        raise ValueError(f"{name} has an empty answer, so nothing could be learnt from it; fill it in or drop the row.")
+    return answer
+
+
+def _images_of(example: Mapping[str, Any], name: str) -> list[Image.Image]:
+    one, many = example.get("image"), example.get("images")
+    if one is not None and many is not None:
+        raise ValueError(f"{name} has both `image` and `images`; keep one of them.")
+    if many is not None and not isinstance(many, (list, tuple)):
+        raise ValueError(f"{name} has `images` of type {type(many).__name__}; it must be a list: one goes to `image`.")
+    return [_open(image, name) for image in ([one] if one is not None else many or [])]
+
+
+def _open(image: Any, name: str) -> Image.Image:
+    """The image upright and in RGB; a file is read whole and closed."""
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(image) as opened:
+                opened.load()
+                return _rgb(opened)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
+            raise ValueError(f"{name} has an image that cannot be read: {str(image)!r} ({error}); fix it.") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} has an image of type {type(image).__name__}; it must be a PIL image or a path.")
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    # Pillow warns when transparent palettes go to RGB in one step.
+    return (upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB")

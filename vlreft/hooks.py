@@ -1,0 +1,400 @@
+"""`Runtime`: the hooks of one model, shared by all that is attached to it, and the scope of one forward.
+
+Shape suffixes: B = rows, L = tokens of the prompt's layout, T = tokens of this forward, P = selected slots, D = width.
+
+How a forward flows: the root pre-hook lays out the batch; the pre-hook of the text stack's owner reads how many tokens
+the cache already holds; each chosen block's hook selects positions once per position string and edits them, out of
+place; the root hook closes the scope. During `generate` the layout is that of the caller's prompt, and tokens are told
+apart by absolute position (tokens in the cache + place in this call), never by counting calls: chunked prefill, static
+caches, beams, assisted decoding and recomputation without a cache all agree.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+from vlreft.interventions import Edit
+from vlreft.layout import TokenLayout, prompt_from_labels, text_layout, tower_layout
+from vlreft.positions import All, Positions, Selection, select
+from vlreft.sites import Site, Sites
+
+
+@dataclass(eq=False)
+class Switch:
+    """Whether one adapter acts."""
+
+    on: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """One intervention at one block: `part` is the position group it edits, None for all of them (tied)."""
+
+    switch: Switch
+    edit: Edit
+    positions: Positions
+    part: int | None
+
+    @property
+    def num_slots(self) -> int | None:
+        """The most positions per row, None if unknown before the batch."""
+        selects = self.positions.selects if self.part is None else (self.positions.selects[self.part],)
+        counts = [select.num_slots for select in selects]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def join(self, masks: tuple[Tensor, ...]) -> Tensor:
+        """Return the mask of this intervention's group from those of all parts."""
+        if self.part is not None:
+            return masks[self.part]
+        joined = masks[0]
+        for mask in masks[1:]:
+            joined = joined | mask
+        return joined
+
+
+class Runtime:
+    """Hooks one model. Made by the first `attach`, gone with the last `detach`."""
+
+    def __init__(self, model: PreTrainedModel, sites: Sites) -> None:
+        """Register the hooks that belong to no block; `place` registers the others."""
+        self.model = model
+        self.sites = sites
+        self.placed: dict[tuple[str, int], list[Placed]] = {}
+        self.prompt_layout: TokenLayout | None = None
+        self.layout: TokenLayout | None = None
+        self.offset: int | Tensor = 0
+        self.has_cache = False
+        self.sites_run: set[str] = set()
+        self.masks: dict[str, tuple[Tensor, ...]] = {}
+        self.selections: dict[tuple[object, ...], Selection | None] = {}
+        self.looked_at_a_batch = False
+        self._forward_names = list(inspect.signature(type(model).forward).parameters)[1:]
+        owner = sites["text"].owner
+        self._owner_names = list(inspect.signature(type(owner).forward).parameters)[1:]
+        self._handles = [
+            owner.register_forward_pre_hook(self._text_starts, with_kwargs=True),
+            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._block_handles: dict[tuple[str, int], Any] = {}
+        self._own_generate = model.__dict__.get("generate")
+        if isinstance(model, GenerationMixin):
+            model.generate = self.generate  # pyright: ignore[reportAttributeAccessIssue]
+
+    # Attaching -------------------------------------------------------------------------------------------------
+
+    def place(self, site: Site, layer: int, placed: Placed) -> None:
+        """Add an intervention at a block; interventions on one block act in the order in which they were placed."""
+        key = (site.name, layer)
+        self.placed.setdefault(key, []).append(placed)
+        if key in self._block_handles:
+            return
+        # In front of all other hooks: transformers records hidden states by hooks of its own, and LLaVA feeds its
+        # projector from what they recorded.
+        if site.edits_input:
+            hook = partial(self._edit_input, site, layer)
+            self._block_handles[key] = site.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            hook = partial(self._edit_output, site, layer)
+            self._block_handles[key] = site.blocks[layer].register_forward_hook(hook, prepend=True)
+
+    def remove(self, switch: Switch) -> None:
+        """Take out everything placed with `switch`, and the hooks nobody needs any more."""
+        for key in list(self.placed):
+            self.placed[key] = [placed for placed in self.placed[key] if placed.switch is not switch]
+            if not self.placed[key]:
+                del self.placed[key]
+                self._block_handles.pop(key).remove()
+
+    def close(self) -> None:
+        """Remove the remaining hooks and give `generate` back."""
+        for handle in self._handles:
+            handle.remove()
+        if self._own_generate is not None:
+            self.model.generate = self._own_generate  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            self.model.__dict__.pop("generate", None)
+
+    # Scopes ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def prompt(self, input_ids_BL: Tensor | None, attention_mask_BL: Tensor | None, shape: tuple[int, int],
+               device: torch.device) -> Iterator[None]:
+        """Fix the prompt for all forwards inside; whatever they see beyond position L is an answer being generated."""
+        layout = text_layout(
+            shape, device, input_ids_BL=input_ids_BL, attention_mask_BL=attention_mask_BL,
+            image_token_ids=self.sites.image_token_ids, grows=True,
+        )
+        for placed in self._acting("text"):
+            placed.positions.generated(torch.zeros(0, dtype=torch.long))  # refuses what decoding cannot know
+        before = self.prompt_layout
+        self.prompt_layout, self.masks, self.selections = layout, {}, {}
+        try:
+            yield
+        finally:
+            self.prompt_layout, self.masks, self.selections = before, {}, {}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own `generate` with the caller's prompt as the layout of every forward in it."""
+        own = self._own_generate or partial(type(self.model).generate, self.model)
+        tokens = next(iter(args), None)
+        for name in ("inputs", "input_ids", "inputs_embeds"):
+            tokens = kwargs.get(name) if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            return own(*args, **kwargs)  # generate itself knows what to say about a call without a prompt
+        ids_BL = tokens if tokens.dim() == 2 else None
+        mask_BL = kwargs.get("attention_mask")
+        if mask_BL is None and ids_BL is not None:
+            mask_BL = self._guess_attention_mask(ids_BL)
+        with self.prompt(ids_BL, mask_BL, (tokens.shape[0], tokens.shape[1]), tokens.device):
+            return own(*args, **kwargs)
+
+    def _guess_attention_mask(self, input_ids_BL: Tensor) -> Tensor | None:
+        """Follow `generate`'s own rule for a call without a mask: pads are masked unless pad is also an end token."""
+        settings = self.model.generation_config
+        pad, eos = settings.pad_token_id, settings.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
+        return None if pad is None or pad in ends else input_ids_BL != pad
+
+    # Hooks of a forward ----------------------------------------------------------------------------------------
+
+    def _acting(self, site: str) -> list[Placed]:
+        return [item for key, items in self.placed.items() if key[0] == site for item in items if item.switch.on]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_prompt_BL = kwargs.pop("prompt_mask", None)
+        self.sites_run = set()
+        acting = self._acting("text") + self._acting("connector")
+        if self.prompt_layout is None and acting:
+            call = dict(zip(self._forward_names, args, strict=False)) | kwargs
+            self.masks, self.selections = {}, {}
+            self.layout = self._layout_of(call, is_prompt_BL, acting, module.training)
+        return args, kwargs
+
+    def _layout_of(
+        self, call: Mapping[str, Any], is_prompt_BL: Tensor | None, acting: list[Placed], training: bool
+    ) -> TokenLayout:
+        ids_BL = call.get("input_ids")
+        tokens = ids_BL if ids_BL is not None else call.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("the model was called without `input_ids` and `inputs_embeds`: positions need tokens")
+        shape, labels = (tokens.shape[0], tokens.shape[1]), call.get("labels")
+        cache = call.get("past_key_values")
+        if isinstance(cache, Cache) and isinstance(cache.get_seq_length(), int) and cache.get_seq_length() > 0:
+            raise ValueError(
+                "a forward that continues a cache outside of `generate`: nothing says which tokens are the prompt; "
+                "run it inside `with reft.prompt(input_ids, attention_mask):`"
+            )
+        mask_BL = call.get("attention_mask")
+        if mask_BL is not None and (not isinstance(mask_BL, Tensor) or mask_BL.shape != shape):
+            got = tuple(mask_BL.shape) if isinstance(mask_BL, Tensor) else type(mask_BL).__name__
+            raise ValueError(f"`attention_mask` must have the shape of the tokens, {shape}, got {got}")
+        generative = isinstance(self.model, GenerationMixin)
+        has_labels = isinstance(labels, Tensor) and labels.shape == shape and generative
+        if is_prompt_BL is None and has_labels:
+            is_prompt_BL = prompt_from_labels(labels)
+        if is_prompt_BL is None and training and generative:
+            _refuse_unknown_prompt(acting)
+        layout = text_layout(
+            shape, tokens.device, input_ids_BL=ids_BL, attention_mask_BL=mask_BL, is_prompt_BL=is_prompt_BL,
+            image_token_ids=self.sites.image_token_ids,
+        )
+        self._look_at(layout, labels if has_labels else None, acting)
+        return layout
+
+    def _look_at(self, layout: TokenLayout, labels_BL: Tensor | None, acting: list[Placed]) -> None:
+        """Refuse batches that mean nothing. Looking costs a synchronisation on an accelerator: once there, then never.
+        """
+        on_cpu = layout.mask("prompt").device.type == "cpu"
+        if torch.compiler.is_compiling() or (self.looked_at_a_batch and not on_cpu):
+            return
+        self.looked_at_a_batch = True
+        if labels_BL is not None:
+            _refuse_bad_labels(labels_BL)
+        needs_prompt = any(placed.positions.segment != "response" for placed in acting)
+        empty_B = ~layout.mask("prompt").any(1)
+        if needs_prompt and bool(empty_B.any()):
+            row = int(empty_B.nonzero()[0])
+            raise ValueError(
+                f"row {row} of the batch has no prompt token: its labels start at the first token, so there is nothing "
+                "before the answer to edit; label the answer only (-100 elsewhere)"
+            )
+
+    def _text_starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = dict(zip(self._owner_names, args, strict=False)) | kwargs
+        cache = call.get("past_key_values")
+        self.selections, self.offset, self.has_cache = {}, 0, isinstance(cache, Cache)
+        if isinstance(cache, Cache):
+            # A static cache hands out its live counter, which moves while the blocks run: copy it.
+            length = cache.get_seq_length()
+            self.offset = length + 0
+            if isinstance(length, Tensor) and length.device.type == "cpu" and not torch.compiler.is_compiling():
+                self.offset = int(length)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Close the scope; give interventions of a tower that did not run a zero gradient.
+
+        A batch without an image does not call the tower; without this, its parameters would have no gradient on this
+        rank and data-parallel training would wait for ever.
+        """
+        self.layout, self.masks, self.selections = None, {}, {}
+        if output is None or not (module.training and torch.is_grad_enabled()):
+            return None
+        idle = [] if "vision" in self.sites_run else self._acting("vision")
+        if not idle:
+            return None
+        zero = sum(param.sum() * 0.0 for placed in idle for param in placed.edit.parameters())
+        key = ("loss" if output.get("loss") is not None else "logits") if isinstance(output, dict) else 0
+        if isinstance(output, dict):
+            output[key] = output[key] + zero
+            return output
+        return (output[0] + zero, *output[1:])
+
+    # Editing ---------------------------------------------------------------------------------------------------
+
+    def _edit_output(self, site: Site, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        h_BTD = output[0] if isinstance(output, tuple | list) else output
+        edited_BTD = self._edit(site, layer, h_BTD)
+        if edited_BTD is h_BTD:
+            return None
+        if isinstance(output, tuple | list):
+            return type(output)((edited_BTD, *output[1:]))
+        return edited_BTD
+
+    def _edit_input(
+        self, site: Site, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        edited_BTD = self._edit(site, layer, args[0])
+        return None if edited_BTD is args[0] else ((edited_BTD, *args[1:]), kwargs)
+
+    def _edit(self, site: Site, layer: int, h: Tensor) -> Tensor:
+        self.sites_run.add(site.name)
+        for placed in self.placed[site.name, layer]:
+            if placed.switch.on:
+                selection = self._select_in_tower(site, placed, h) if site.name == "vision" else self._select(placed, h)
+                h = h if selection is None else _apply(placed.edit, h, selection)
+        return h
+
+    def _select(self, placed: Placed, h_BTD: Tensor) -> Selection | None:
+        key = (placed.positions.text, placed.part, h_BTD.shape[:2], h_BTD.device)
+        if key not in self.selections:
+            masks = self._masks_of_call(placed.positions, h_BTD)
+            mask_BT = None if masks is None else placed.join(masks).to(h_BTD.device)
+            self.selections[key] = None if mask_BT is None else select(mask_BT, placed.num_slots)
+        return self.selections[key]
+
+    def _masks_of_call(self, positions: Positions, h_BTD: Tensor) -> tuple[Tensor, ...] | None:
+        """Return one mask_BT per part for the tokens of this call; None if none of them can be selected."""
+        layout = self.prompt_layout if self.prompt_layout is not None else self.layout
+        if layout is None:
+            raise ValueError(
+                "the text blocks ran outside of a call of the model itself, so nothing says which tokens are the "
+                "prompt; call the model, or run it inside `with reft.prompt(...)` or `with reft.disabled()`"
+            )
+        num_rows, num_tokens = h_BTD.shape[0], h_BTD.shape[1]
+        if isinstance(self.offset, int):
+            self._check_call(layout, num_tokens)
+            if self.offset >= layout.num_tokens and positions.segment != "response":
+                return None
+        if positions.text not in self.masks:
+            self.masks[positions.text] = positions.masks(layout)
+        masks = self.masks[positions.text]
+        if not (isinstance(self.offset, int) and self.offset == 0 and num_tokens == layout.num_tokens):
+            masks = _window(masks, positions, layout, self.offset, num_tokens)
+        if num_rows != layout.num_rows:
+            copies, rest = divmod(num_rows, layout.num_rows)
+            if rest or not layout.grows:
+                raise ValueError(f"the text blocks run on {num_rows} rows, the prompt has {layout.num_rows}")
+            masks = tuple(mask_BT.repeat_interleave(copies, 0) for mask_BT in masks)  # beams, return sequences
+        return masks
+
+    def _check_call(self, layout: TokenLayout, num_tokens: int) -> None:
+        """Refuse a call whose tokens cannot be told: never edit by guess."""
+        assert isinstance(self.offset, int)
+        end = self.offset + num_tokens
+        cut = num_tokens < layout.num_tokens and not self.has_cache
+        if cut or (end > layout.num_tokens and not layout.grows):
+            raise ValueError(
+                f"the text blocks run on tokens {self.offset} to {end} while the batch has {layout.num_tokens}: "
+                f"{self.sites.model_name} feeds its text stack something else than `input_ids`, or keeps a cache that "
+                "vlreft cannot read"
+            )
+
+    def _select_in_tower(self, site: Site, placed: Placed, h: Tensor) -> Selection:
+        packed = h.dim() == 2
+        if packed and not all(isinstance(item, All) for item in placed.positions.selects):
+            raise ValueError(
+                f"positions '{placed.positions.text}' select tokens of each image, but {self.sites.model_name} packs "
+                "all images into one row; use 'patches'"
+            )
+        num_rows, num_tokens = (1, h.shape[0]) if packed else (h.shape[0], h.shape[1])
+        masks = placed.positions.masks(tower_layout(num_tokens, site.num_cls, h.device))
+        return select(placed.join(masks).expand(num_rows, -1), placed.num_slots)
+
+
+def _apply(edit: Edit, h: Tensor, selection: Selection) -> Tensor:
+    """Return `h` with the selected positions edited; never writes into `h`.
+
+    Shapes: (B, T, D), or (T, D) for a tower that packs its images. Unselected states are kept from the edit: they may
+    hold anything, even NaN at pads, and a NaN would reach the gradients through a product with zero.
+    """
+    if h.dim() == 2:
+        return _apply(edit, h[None], selection)[0]
+    if selection.index_BP is None or selection.valid_BP is None:
+        chosen_BT1 = selection.mask_BT[:, :, None]
+        return torch.where(chosen_BT1, edit(torch.where(chosen_BT1, h, 0.0)), h)
+    index_BPD = selection.index_BP[:, :, None].expand(-1, -1, h.shape[2])
+    valid_BP1 = selection.valid_BP[:, :, None]
+    h_BPD = h.gather(1, index_BPD)
+    edited_BPD = torch.where(valid_BP1, edit(torch.where(valid_BP1, h_BPD, 0.0)), h_BPD)
+    return h.scatter(1, index_BPD, edited_BPD)
+
+
+def _window(
+    masks: tuple[Tensor, ...], positions: Positions, layout: TokenLayout, offset: int | Tensor, num_tokens: int
+) -> tuple[Tensor, ...]:
+    """Return the masks of tokens offset .. offset + num_tokens - 1, which may lie beyond the layout."""
+    place_T = offset + torch.arange(num_tokens, device=masks[0].device)
+    generated = positions.generated(place_T - layout.num_tokens)
+    inside_T, clamped_T = place_T < layout.num_tokens, place_T.clamp(max=layout.num_tokens - 1)
+    pairs = zip(masks, generated, strict=True)
+    return tuple(torch.where(inside_T, mask_BL.index_select(1, clamped_T), grown_T) for mask_BL, grown_T in pairs)
+
+
+def _refuse_unknown_prompt(acting: list[Placed]) -> None:
+    for placed in acting:
+        if placed.positions.needs_prompt_end:
+            raise ValueError(
+                f"positions '{placed.positions.text}' need to know where the prompt ends, but this training step has "
+                "neither `labels` nor a `prompt_mask`; pass one of them to the model (vlreft.ReftTrainer and "
+                "vlreft.ReftMixin pass the mask on even when the trainer takes the labels away)"
+            )
+
+
+def _refuse_bad_labels(labels_BL: Tensor) -> None:
+    labelled_BL = labels_BL != -100
+    starts_B = (labelled_BL[:, 1:] & ~labelled_BL[:, :-1]).sum(1) + labelled_BL[:, 0]
+    wrong_B = starts_B != 1
+    if not bool(wrong_B.any()):
+        return
+    row = int(wrong_B.nonzero()[0])
+    if int(starts_B[row]) == 0:
+        raise ValueError(f"row {row} of the batch has no labelled token: every label is -100, nothing can be learnt")
+    raise ValueError(
+        f"row {row} of the batch has {int(starts_B[row])} separate answers: the positions edited for a prompt would not "
+        "be those edited when it is generated from; give each answer a row of its own, or pass your own `prompt_mask`"
+    )
+
+
+def forget_compiled_graphs() -> None:
+    """Make torch.compile look at hooks and switches again: it does not guard on them."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

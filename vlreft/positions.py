@@ -1,0 +1,336 @@
+"""The position language: `segment:select+select`, parsed once to frozen selectors, resolved on a `TokenLayout`.
+
+Shape suffixes: B = rows, L = tokens of the layout, T = tokens of a forward, P = selected slots, N = picks.
+
+    prompt | text | image | question | response | cls | patches | eos     the segment; `prompt` when left out
+    all  f4  l4  uniform9  [2:10]                                          what is selected of it, joined by `+`
+
+A bare segment name means all of it. In a vision tower `prompt`, hence no segment, is every token of the tower.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlreft.layout import ENDLESS_SEGMENTS, TEXT_SEGMENTS, TOWER_SEGMENTS, TokenLayout
+
+SEGMENTS = tuple(dict.fromkeys(TEXT_SEGMENTS + TOWER_SEGMENTS))
+
+
+class Select(ABC):
+    """Which tokens of a segment; concrete classes are frozen dataclasses and rows of `SELECTS`."""
+
+    pattern: ClassVar[str]
+    spelling: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, match: re.Match[str]) -> "Select":
+        """Build from a match of `pattern`. Raises ValueError where the numbers make no sense."""
+
+    @property
+    @abstractmethod
+    def num_slots(self) -> int | None:
+        """The most tokens a row can have selected, None where it depends on the segment's length."""
+
+    @abstractmethod
+    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
+        """Return mask_BL from each token's rank in its segment and the segment's size.
+
+        `limit_B1` is how many tokens this select may claim where a short segment is shared.
+        """
+
+    @abstractmethod
+    def generated(self, rank_T: Tensor) -> Tensor:
+        """Return mask_T for tokens being generated, `rank_T` their number in the answer, from 0.
+
+        Raises ValueError where it needs the answer's length, which nobody knows yet.
+        """
+
+
+@dataclass(frozen=True)
+class All(Select):
+    """Every token of the segment."""
+
+    pattern = r"all"
+    spelling = "all"
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> "All":
+        """Build."""
+        return cls()
+
+    @property
+    def num_slots(self) -> int | None:
+        """Unknown before the batch."""
+        return None
+
+    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
+        """Select everything."""
+        return torch.ones_like(rank_BL, dtype=torch.bool)
+
+    def generated(self, rank_T: Tensor) -> Tensor:
+        """Select everything."""
+        return torch.ones_like(rank_T, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class First(Select):
+    """The first `num` tokens."""
+
+    num: int
+    pattern = r"f(\d+)"
+    spelling = "fN"
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> "First":
+        """Build."""
+        return cls(_positive(match))
+
+    @property
+    def num_slots(self) -> int | None:
+        """At most `num`."""
+        return self.num
+
+    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
+        """Select ranks below `num` and the shared limit."""
+        return rank_BL < limit_B1.clamp(max=self.num)
+
+    def generated(self, rank_T: Tensor) -> Tensor:
+        """Select the first `num` generated tokens."""
+        return rank_T < self.num
+
+
+@dataclass(frozen=True)
+class Last(Select):
+    """The last `num` tokens."""
+
+    num: int
+    pattern = r"l(\d+)"
+    spelling = "lN"
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> "Last":
+        """Build."""
+        return cls(_positive(match))
+
+    @property
+    def num_slots(self) -> int | None:
+        """At most `num`."""
+        return self.num
+
+    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
+        """Select ranks from `count - num` on, within the shared limit."""
+        return rank_BL >= count_B1 - limit_B1.clamp(max=self.num)
+
+    def generated(self, rank_T: Tensor) -> Tensor:
+        """Refuse."""
+        raise ValueError(_unknown_length(f"l{self.num}"))
+
+
+@dataclass(frozen=True)
+class Uniform(Select):
+    """`num` tokens spread evenly: the middles of `num` equal stretches; all tokens of a shorter segment."""
+
+    num: int
+    pattern = r"uniform(\d+)"
+    spelling = "uniformN"
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> "Uniform":
+        """Build."""
+        return cls(_positive(match))
+
+    @property
+    def num_slots(self) -> int | None:
+        """At most `num`."""
+        return self.num
+
+    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
+        """Select rank floor((i + 1/2) * count / num) for i = 0 .. num - 1."""
+        i_N = torch.arange(self.num, device=rank_BL.device)
+        picks_BN = (2 * i_N + 1) * count_B1 // (2 * self.num)
+        return (rank_BL[:, :, None] == picks_BN[:, None, :]).any(-1)
+
+    def generated(self, rank_T: Tensor) -> Tensor:
+        """Refuse."""
+        raise ValueError(_unknown_length(f"uniform{self.num}"))
+
+
+@dataclass(frozen=True)
+class Slice(Select):
+    """Ranks `start` to `stop` (exclusive) with Python's meaning of negative and missing bounds."""
+
+    start: int
+    stop: int | None
+    pattern = r"\[(-?\d+)?:(-?\d+)?\]"
+    spelling = "[a:b]"
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> "Slice":
+        """Build."""
+        start, stop = int(match[1] or 0), None if match[2] is None else int(match[2])
+        if stop is not None and (start < 0) == (stop < 0) and stop <= start:
+            raise ValueError(f"the slice {match[0]} selects nothing")
+        return cls(start, stop)
+
+    @property
+    def num_slots(self) -> int | None:
+        """Known where both bounds count from the same end."""
+        if self.stop is None:
+            return -self.start if self.start < 0 else None
+        return self.stop - self.start if (self.start < 0) == (self.stop < 0) else None
+
+    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
+        """Select start <= rank < stop, negative bounds counted from the segment's end."""
+        mask_BL = rank_BL >= (self.start if self.start >= 0 else count_B1 + self.start)
+        if self.stop is not None:
+            mask_BL = mask_BL & (rank_BL < (self.stop if self.stop >= 0 else count_B1 + self.stop))
+        return mask_BL
+
+    def generated(self, rank_T: Tensor) -> Tensor:
+        """Select by rank where both bounds count from the start."""
+        if self.start < 0 or (self.stop is not None and self.stop < 0):
+            raise ValueError(_unknown_length(f"[{self.start}:{'' if self.stop is None else self.stop}]"))
+        mask_T = rank_T >= self.start
+        return mask_T if self.stop is None else mask_T & (rank_T < self.stop)
+
+
+SELECTS: tuple[type[Select], ...] = (All, First, Last, Uniform, Slice)
+
+
+def _positive(match: re.Match[str]) -> int:
+    if int(match[1]) == 0:
+        raise ValueError(f"{match[0]} selects nothing")
+    return int(match[1])
+
+
+def _unknown_length(spelling: str) -> str:
+    return f"`response:{spelling}` needs the answer's length, which is unknown while it is generated; use `all` or `fN`"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A parsed position string; `text` is its spelling."""
+
+    text: str
+    segment: str
+    selects: tuple[Select, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The spelling of each select, e.g. ("f4", "l4")."""
+        selects = self.text.partition(":")[2] if re.match(r"[a-z]+:", self.text) else self.text
+        return ("all",) if self.text == self.segment else tuple(selects.split("+"))
+
+    @property
+    def needs_prompt_end(self) -> bool:
+        """Whether the selection depends on where the prompt ends."""
+        return self.segment not in ENDLESS_SEGMENTS
+
+    def masks(self, layout: TokenLayout) -> tuple[Tensor, ...]:
+        """Return one mask_BL per select; no token is in two of them (the earlier select keeps it).
+
+        With `f` and `l` together a short segment of n tokens is shared as in the paper (section 4.1): the first
+        min(f, floor(n/2)) and the last min(l, ceil(n/2)).
+        """
+        segment_BL = layout.mask(self.segment)
+        rank_BL = segment_BL.cumsum(1) - 1
+        count_B1 = segment_BL.sum(1, keepdim=True)
+        shared = {First, Last} <= {type(select) for select in self.selects}
+        taken_BL, masks = torch.zeros_like(segment_BL), []
+        for select in self.selects:
+            limit_B1 = count_B1
+            if shared and isinstance(select, First | Last):
+                limit_B1 = count_B1 // 2 if isinstance(select, First) else count_B1 - count_B1 // 2
+            mask_BL = segment_BL & select.mask(rank_BL, count_B1, limit_B1) & ~taken_BL
+            taken_BL = taken_BL | mask_BL
+            masks.append(mask_BL)
+        return tuple(masks)
+
+    def generated(self, rank_T: Tensor) -> tuple[Tensor, ...]:
+        """Return one mask_T per select for answer tokens being generated; nothing outside of `response`."""
+        if self.segment != "response":
+            return tuple(torch.zeros_like(rank_T, dtype=torch.bool) for _ in self.selects)
+        taken_T, masks = torch.zeros_like(rank_T, dtype=torch.bool), []
+        for select in self.selects:
+            masks.append(select.generated(rank_T) & ~taken_T)
+            taken_T = taken_T | masks[-1]
+        return tuple(masks)
+
+
+@lru_cache(maxsize=1024)
+def parse_positions(text: str) -> Positions:
+    """Parse a position string. Raises ValueError that points at the character where it stops making sense."""
+    if not isinstance(text, str):
+        raise TypeError(f"`positions` must be a string such as 'question:f4+l4', got {text!r}")
+    if text in SEGMENTS:
+        return Positions(text, text, (All(),))
+    segment, place = "prompt", 0
+    if named := re.match(r"([A-Za-z_]*):", text):
+        segment, place = named[1], named.end()
+        if segment not in SEGMENTS:
+            raise _syntax_error(text, 0, f"'{segment}' is no segment", ", ".join(SEGMENTS))
+    selects: list[Select] = []
+    while True:
+        select, end = _parse_select(text, place)
+        if isinstance(select, First | Last) and any(type(select) is type(other) for other in selects):
+            raise _syntax_error(text, place, "the same select twice", "each of f and l at most once")
+        selects.append(select)
+        if end == len(text):
+            return Positions(text, segment, tuple(selects))
+        if text[end] != "+":
+            raise _syntax_error(text, end, f"unexpected {text[end]!r}", "'+' or the end")
+        place = end + 1
+
+
+def _parse_select(text: str, place: int) -> tuple[Select, int]:
+    for select in SELECTS:
+        if match := re.compile(select.pattern + r"(?![A-Za-z0-9_])").match(text, place):
+            try:
+                return select.parse(match), match.end()
+            except ValueError as error:
+                raise _syntax_error(text, place, str(error), "at least one token") from None
+    known = ", ".join(select.spelling for select in SELECTS)
+    found = "the end" if place >= len(text) else f"'{text[place:]}'"
+    hint = "" if ":" in text else f"; or a segment: {', '.join(SEGMENTS)}"
+    raise _syntax_error(text, place, f"{found} is no select", known + hint)
+
+
+def _syntax_error(text: str, place: int, problem: str, expected: str) -> ValueError:
+    return ValueError(f"`positions` {text!r}: {problem} (character {place + 1})\n    {text}\n    {' ' * place}^\n"
+                      f"expected: {expected}")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The selected positions of one forward.
+
+    `mask_BT` says which positions are selected. `index_BP`, if not None, lists them in P slots per row (selected ones
+    first, then unselected fillers, all distinct) with `valid_BP` False at the fillers; None means P = T: edit densely.
+    """
+
+    mask_BT: Tensor
+    index_BP: Tensor | None
+    valid_BP: Tensor | None
+
+
+def select(mask_BT: Tensor, num_slots: int | None) -> Selection:
+    """Turn a mask into slots: static shapes, on the device, without a host synchronisation on an accelerator.
+
+    `num_slots` bounds the selected tokens per row. Where it is unknown, all T positions are slots on an accelerator;
+    on the CPU, where looking is free, as many as the fullest row has.
+    """
+    num_tokens = mask_BT.shape[1]
+    if num_slots is None:
+        looking_is_free = mask_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+        num_slots = max(1, int(mask_BT.sum(1).max())) if looking_is_free else num_tokens
+    if num_slots >= num_tokens:
+        return Selection(mask_BT, None, None)
+    index_BP = mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_slots]
+    return Selection(mask_BT, index_BP, mask_BT.gather(1, index_BP))

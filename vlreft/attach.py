@@ -178,6 +178,16 @@ def find_reft(model: nn.Module, name: str | None = None) -> Reft | None:
     return next(iter(adapters.refts.values())) if name is None else adapters.refts.get(name)
 
 
+def find_only_reft(model: nn.Module) -> Reft:
+    """Return the interventions attached to `model`. Raises ValueError if there are none, or several sets of them."""
+    adapters = _adapters(model)
+    names = list(adapters.refts) if adapters is not None else []
+    if adapters is None or len(names) != 1:
+        got = f"several are attached, {names}" if names else "none are attached"
+        raise ValueError(f"one set of interventions is trained at a time and {got}; use `vlreft.attach(model, config)`")
+    return adapters.refts[names[0]]
+
+
 def _adapters(model: nn.Module) -> Adapters | None:
     child = dict(model.named_children()).get(CHILD_NAME)
     return child if isinstance(child, Adapters) else None

@@ -57,10 +57,13 @@ def load_captions(
     names: dict[Any, tuple[str, str]] = {}
     for where, row in _rows(file, "images"):
         _add(names, _get(row, "id", int, where), (where, _get(row, "file_name", str, where)), where)
-    rows = []
+    rows, paths = [], {}
     for where, row in _rows(file, "annotations"):
         image_id, caption = _get(row, "image_id", int, where), _get(row, "caption", str, where)
-        path = pictures.named(*names[image_id]) if image_id in names else pictures.numbered(image_id, where)
+        path = paths.get(image_id)
+        if path is None:  # looked up once for the five captions of an image
+            path = pictures.named(*names[image_id]) if image_id in names else pictures.numbered(image_id, where)
+            paths[image_id] = path
         rows.append({"image": str(path), "question": prompt, "answer": caption, "image_id": image_id})
     return _dataset(rows, ["image", "question", "answer", "image_id"], file)
 
@@ -72,6 +75,7 @@ def load_jsonl(path: str | Path) -> datasets.Dataset:
     same ones. Raises: ValueError, naming file and line.
     """
     file, rows, ids = Path(path), [], {}
+    pictures = _Pictures(file.parent)
     for number, line in enumerate(_read(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -81,7 +85,7 @@ def load_jsonl(path: str | Path) -> datasets.Dataset:
         if row.get("question_id") is not None:
             _add(ids, row["question_id"], None, where)
         if row.get("image") is not None:
-            row = {**row, "image": str(_Pictures(file.parent).named(where, _get(row, "image", str, where)))}
+            row = {**row, "image": str(pictures.named(where, _get(row, "image", str, where)))}
         if rows and row.keys() != rows[0].keys():
             raise ValueError(f"{where}: has the keys {sorted(row)}, the rows before have {sorted(rows[0])}; make them equal.")
         rows.append(row)
@@ -93,11 +97,12 @@ class _Pictures:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._root = folder.resolve()
         self._by_number: dict[int, Path] | None = None
 
     def named(self, where: str, name: str) -> Path:
         path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if not path.resolve().is_relative_to(self._root):
             raise ValueError(f"{where}: the file name {name!r} leaves the folder {self.folder}; name a file inside it.")
         if not path.is_file():
             raise ValueError(f"{where}: there is no image {name!r} in {self.folder}; add it, or name another folder.")
@@ -217,5 +222,8 @@ def _dataset(rows: list[dict[str, Any]], columns: list[str], file: Path) -> data
 
     if not rows:
         raise ValueError(f"{file}: holds no rows.")
-    data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+    try:
+        data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+    except (TypeError, ValueError) as error:  # Arrow's
+        raise ValueError(f"{file}: a column has values of different types ({error}); make them equal.") from error
     return data.cast_column("image", datasets.Image()) if "image" in columns else data

@@ -199,7 +199,8 @@ class Runtime:
             raise ValueError(f"`attention_mask` must have the shape of the tokens, {shape}, got {got}")
         generative = isinstance(self.model, GenerationMixin)
         has_labels = isinstance(labels, Tensor) and labels.shape == shape and generative
-        if is_prompt_BL is None and has_labels:
+        given = is_prompt_BL is not None
+        if not given and has_labels:
             is_prompt_BL = prompt_from_labels(labels)
         if is_prompt_BL is None and training and generative:
             _refuse_unknown_prompt(acting)
@@ -207,7 +208,7 @@ class Runtime:
             shape, tokens.device, input_ids_BL=ids_BL, attention_mask_BL=mask_BL, is_prompt_BL=is_prompt_BL,
             image_token_ids=self.sites.image_token_ids,
         )
-        self._look_at(layout, labels if has_labels else None, acting)
+        self._look_at(layout, labels if has_labels and not given else None, acting)
         return layout
 
     def _look_at(self, layout: TokenLayout, labels_BL: Tensor | None, acting: list[Placed]) -> None:
@@ -218,7 +219,7 @@ class Runtime:
             return
         self.looked_at_a_batch = True
         if labels_BL is not None:
-            _refuse_bad_labels(labels_BL)
+            refuse_bad_labels(labels_BL)
         needs_prompt = any(placed.positions.segment != "response" for placed in acting)
         empty_B = ~layout.mask("prompt").any(1)
         if needs_prompt and bool(empty_B.any()):
@@ -379,7 +380,8 @@ def _refuse_unknown_prompt(acting: list[Placed]) -> None:
             )
 
 
-def _refuse_bad_labels(labels_BL: Tensor) -> None:
+def refuse_bad_labels(labels_BL: Tensor) -> None:
+    """Raise ValueError naming the first row with no labelled token, or with more than one run of them."""
     labelled_BL = labels_BL != -100
     starts_B = (labelled_BL[:, 1:] & ~labelled_BL[:, :-1]).sum(1) + labelled_BL[:, 0]
     wrong_B = starts_B != 1

@@ -1,0 +1,181 @@
+"""`ReftMixin` for any `transformers.Trainer` subclass, and `ReftTrainer`: one trainer for text, VQA and captioning."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.logging import tqdm
+
+from vlreft.attach import Reft, find_only_reft
+from vlreft.data import Collator
+from vlreft.hooks import refuse_bad_labels
+from vlreft.layout import prompt_from_labels
+
+logger = logging.getLogger("vlreft")
+
+AnswerMetrics = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Mapping[str, float]]
+
+if TYPE_CHECKING:
+    _TrainerType = Trainer
+else:
+    _TrainerType = object
+
+
+class ReftMixin(_TrainerType):
+    """Make a Trainer subclass train interventions: `class MyTrainer(ReftMixin, SFTTrainer)`.
+
+    The model must have interventions attached. Checkpoints then hold the adapter alone, resuming and
+    `load_best_model_at_end` read it back in place, the prompt's end reaches the model even where the trainer takes the
+    labels away (label smoothing, a loss function of one's own), and a `vlreft.Collator` sees all columns.
+    """
+
+    @property
+    def reft(self) -> Reft:
+        """The interventions being trained. Raises ValueError unless exactly one set is attached."""
+        model = self.model
+        assert model is not None
+        return find_only_reft(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the trainer's own loss, with `prompt_mask` added to the inputs."""
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("torch.nn.DataParallel copies the hooks without their model; use `accelerate launch`")
+        labels = inputs.get("labels")
+        if isinstance(self.reft.model, GenerationMixin) and isinstance(labels, Tensor) and "prompt_mask" not in inputs:
+            if labels.device.type == "cpu" or self.state.global_step == 0:  # elsewhere looking costs a synchronisation
+                refuse_bad_labels(labels)
+            inputs = {**inputs, "prompt_mask": prompt_from_labels(labels)}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter instead of the model."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        self.reft.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.reft.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        logger.info("loading the best adapter, %s (%s)", best, self.state.best_metric)
+        self.reft.load_weights(best)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if isinstance(self.data_collator, Collator):
+            return dataset  # the collator turns columns into model inputs; the model's signature knows none of them
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        if isinstance(data_collator, Collator):
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+
+class ReftTrainer(ReftMixin, Trainer):
+    """`transformers.Trainer` for interventions, with evaluation by generation.
+
+    answer_metrics: called with the generated answers and the examples they answer, returns named numbers; they join the
+        evaluation's metrics (`eval_<name>`), so that early stopping and `load_best_model_at_end` can use them. Needs a
+        `vlreft.Collator`.
+    generation: arguments of `model.generate` for it; greedy with 32 new tokens by default.
+    Everything else is `transformers.Trainer`'s.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        answer_metrics: AnswerMetrics | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check that there is something to train, then hand over to `transformers.Trainer`."""
+        find_only_reft(model)
+        if answer_metrics is not None and not isinstance(data_collator, Collator):
+            raise ValueError("`answer_metrics` needs `data_collator=vlreft.Collator(processor)` to make prompts with")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.answer_metrics = answer_metrics
+        self.generation = dict(generation or {"max_new_tokens": 32, "do_sample": False})
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate by loss, then by generated answers if there are `answer_metrics`."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.answer_metrics is None:
+            return output
+        dataset: Any = dataloader.dataset
+        scores = self.answer_metrics(self.predict_answers(dataset), dataset)
+        metrics = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
+        return output._replace(metrics=metrics)
+
+    def predict_answers(self, dataset: Any) -> list[str]:
+        """Generate an answer for each example of a dataset with a length; prompts are batched and left-padded."""
+        collator, size = self.data_collator, self.args.per_device_eval_batch_size
+        if not isinstance(collator, Collator):
+            raise ValueError("`predict_answers` needs `data_collator=vlreft.Collator(processor)`")
+        model = self.reft.model
+        was_training = model.training
+        model.eval()
+        mine = range(self.args.process_index, len(dataset), self.args.world_size)
+        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+        answers: list[tuple[int, str]] = []
+        try:
+            for chunk in tqdm(chunks, desc="Generating", leave=False, disable=self.args.disable_tqdm):
+                batch = self._prepare_inputs(collator.prompts([dataset[index] for index in chunk]))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    ids_BS = model.generate(**batch, **self.generation)  # pyright: ignore[reportCallIssue]
+                texts = collator.decode(ids_BS, batch["input_ids"].shape[1])
+                answers.extend(zip(chunk, texts, strict=True))
+        finally:
+            model.train(was_training)
+        return [text for _, text in sorted(self._gather(answers))]
+
+    def _gather(self, answers: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        if self.args.world_size == 1:
+            return answers
+        from accelerate.utils import gather_object
+
+        return gather_object(answers)

@@ -13,6 +13,7 @@ from vlreft.checkpoint import Base, Checkpoint, check_base, copy_tensors, read_c
 from vlreft.config import Intervention, ReftConfig
 from vlreft.hooks import Placed, Runtime, Switch, forget_compiled_graphs
 from vlreft.interventions import Edit
+from vlreft.layout import text_layout
 from vlreft.sites import Site, Sites, find_sites
 
 CHILD_NAME = "vlreft"
@@ -32,8 +33,9 @@ class Adapters(nn.ModuleDict):
 class Reft:
     """One set of interventions on one model: the handle that `attach` and `load` return."""
 
-    def __init__(self, model: PreTrainedModel, config: ReftConfig, name: str, edits: nn.ModuleDict, switch: Switch,
-                 sites: Sites) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: ReftConfig, name: str, edits: nn.ModuleDict, switch: Switch, sites: Sites
+    ) -> None:
         """Made by `attach` and `load`, not by users."""
         self.model = model
         self.config = config
@@ -81,6 +83,24 @@ class Reft:
         shape = (input_ids_BL.shape[0], input_ids_BL.shape[1])
         with self._runtime.prompt(input_ids_BL, attention_mask_BL, shape, input_ids_BL.device):
             yield
+
+    def edited(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> list[Tensor | None]:
+        """Return which tokens of a prompt each of the config's interventions edits, in the config's order.
+
+        Shapes: (B, L) bool each; None for an intervention in the vision tower, whose tokens are not those of the text.
+        """
+        shape = (input_ids_BL.shape[0], input_ids_BL.shape[1])
+        layout = text_layout(
+            shape,
+            input_ids_BL.device,
+            input_ids_BL=input_ids_BL,
+            attention_mask_BL=attention_mask_BL,
+            image_token_ids=self._sites.image_token_ids,
+        )
+        return [
+            None if item.site == "vision" else torch.stack(item.parsed_positions.masks(layout)).any(0)
+            for item in self.config.interventions
+        ]
 
     def detach(self) -> None:
         """Take the interventions off the model. After the last one it is exactly the model it was."""

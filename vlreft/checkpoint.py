@@ -1,4 +1,4 @@
-"""The checkpoint on disk: `reft_config.json`, `reft_model.safetensors` and a model card; read strictly, as data only."""
+"""The checkpoint on disk: `reft_config.json`, `reft_model.safetensors`, a model card; read strictly, as data only."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"no weights in {path.parent}: there is no {path.name}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 

@@ -16,7 +16,8 @@ FORMAT_VERSION = 1
 class Intervention:
     """One kind of edit, at one site, on some layers and positions.
 
-    method: a row of `INTERVENTIONS` ("loreft", "direft", "noreft", "nodireft", "consreft", "lobireft", "red", "vector").
+    method: a row of `vlreft.interventions.INTERVENTIONS`: "loreft", "direft", "noreft", "nodireft", "consreft",
+        "lobireft", "red" or "vector".
     site: "text" (the language model's blocks), "vision" (the tower's) or "connector" (the projected image features
         as they enter the language model).
     layers: "all", a number, or several (a list, a range); counted from 0, negative ones from the end. The edit acts on
@@ -140,7 +141,7 @@ class ReftConfig:
         for number, item in enumerate(data["interventions"]):
             if not isinstance(item, Mapping) or set(item) != known:
                 got = sorted(set(item) ^ known) if isinstance(item, Mapping) else item
-                raise ValueError(f"intervention {number} must have exactly the keys {sorted(known)}; it differs in {got}")
+                raise ValueError(f"intervention {number} must have the keys {sorted(known)}; it differs in {got}")
             items.append(Intervention(**item))
         return cls(items)
 

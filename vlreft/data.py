@@ -6,7 +6,8 @@ Legend: B rows of a batch, S tokens of a row once padded. Ids are int64; masks a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,23 +28,15 @@ TAIL = 64  # characters of the prompt that its answer is tokenised with; more th
 ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
 
 
-class _Conversation(NamedTuple):
-    """An example read: what the chat template takes, with the images aside."""
-
-    name: str  # how errors call the example
-    messages: list[dict[str, Any]]  # the prompt's; every content a list of text and image parts
-    images: list[Image.Image]
-    answer: str | None
-    question: str | None  # None when the example was given as messages
-
-
 class _Sample(NamedTuple):
-    """An example rendered: `text` holds one placeholder per image, `answer` is the text that follows it."""
+    """An example as read, then rendered."""
 
-    name: str
-    text: str
+    name: str  # how errors call it
+    messages: list[dict[str, Any]]  # the prompt's; every content a list of parts, the images taken out
     images: list[Image.Image]
-    answer: str | None
+    question: str | None  # None when the example was given as messages
+    answer: str | None  # once rendered: all the text that follows the prompt, end of turn included
+    text: str = ""  # once rendered: the prompt, a placeholder for each image
 
 
 class Collator:
@@ -51,9 +44,7 @@ class Collator:
 
     An example has columns `question`, `answer` and optionally `image` or `images` (PIL images or paths), or `messages`
     in the hub's chat form, the assistant's last one being the answer. Under `transformers.Trainer`, set
-    `remove_unused_columns=False`. `max_length` counts tokens, image tokens included; `overflow` says what becomes of an
-    answer beyond it ("cut" drops the answer's end, its end token included). `prompt_format` is for models without a
-    chat template. Raises: ValueError, naming the sample.
+    `remove_unused_columns=False`. Raises: ValueError, naming the sample.
     """
 
     def __init__(
@@ -64,6 +55,12 @@ class Collator:
         overflow: Literal["error", "cut"] = "error",
         prompt_format: str = "{question}",
     ) -> None:
+        """Take a processor, or the tokenizer of a text-only model.
+
+        `max_length` counts a row's tokens, image tokens included, and is never met by cutting a prompt: `overflow` says
+        what becomes of the answer ("cut" drops its end, the end token included, and logs it). `prompt_format` is the
+        prompt's text where there is no chat template, with `{question}` for the question.
+        """
         _check_settings(max_length, overflow, prompt_format)
         self.processor = processor
         self.tokenizer = _tokenizer_of(processor)
@@ -72,8 +69,8 @@ class Collator:
         # BLIP-2 keeps an AddedToken here, whose `str` is its text.
         token = None if self.is_text_only else getattr(processor, "image_token", None)
         self.image_token = None if token is None else str(token)
-        self._image_ids = frozenset() if self.is_text_only else _media_ids(processor, ["image"])
-        self._media_ids = frozenset() if self.is_text_only else _media_ids(processor, ["image", "video", "audio"])
+        self._image_ids = _media_ids(processor, "image")
+        self._media_ids = self._image_ids | _media_ids(processor, "video") | _media_ids(processor, "audio")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a training batch: prompt and answer, right padded, with the answer and its end token as labels.
@@ -81,14 +78,12 @@ class Collator:
         Shapes: input_ids, attention_mask, labels (-100 on prompt and padding) and token types, all BS; what else the
         processor makes (pixel_values, image_grid_thw, ...) as it makes it. Raises: ValueError, naming the sample.
         """
-        samples = [self._render(_read(example, place, training=True)) for place, example in enumerate(examples)]
+        samples = self._samples(examples, training=True)
         aligned, rest = self._encode(samples)
         answers = [self._answer_ids(sample) for sample in samples]
         answers = [self._fit(*row) for row in zip(samples, aligned["input_ids"], answers, strict=True)]
-        labels = [
-            torch.cat([torch.full_like(ids, IGNORED), torch.tensor(answer)])
-            for ids, answer in zip(aligned["input_ids"], answers, strict=True)
-        ]
+        labels = [torch.full_like(ids, IGNORED) for ids in aligned["input_ids"]]
+        labels = [self._extend("labels", *row) for row in zip(labels, answers, strict=True)]
         for key, rows in aligned.items():
             aligned[key] = [self._extend(key, *row) for row in zip(rows, answers, strict=True)]
         return {**self._pad({**aligned, "labels": labels}, "right"), **rest}
@@ -99,7 +94,7 @@ class Collator:
         Row by row the ids are those of the prompt part of `self(examples)`. Answers may be absent, and messages may end
         with the user's. Shapes: as in `__call__`, without labels. Raises: ValueError, naming the sample.
         """
-        samples = [self._render(_read(example, place, training=False)) for place, example in enumerate(examples)]
+        samples = self._samples(examples, training=False)
         aligned, rest = self._encode(samples)
         for sample, ids in zip(samples, aligned["input_ids"], strict=True):
             self._fit(sample, ids, [])
@@ -118,35 +113,47 @@ class Collator:
         texts = self.tokenizer.batch_decode(generated_ids_BS[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _render(self, conversation: _Conversation) -> _Sample:
-        name, messages, images, answer, question = conversation
+    @property
+    def _eos_id(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        assert isinstance(eos, int), eos
+        return eos
+
+    @property
+    def _pad_id(self) -> int:
+        """What fills the rows; without a pad token any id will do, as masks come from lengths."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else self._eos_id
+
+    def _samples(self, examples: Sequence[Mapping[str, Any]], *, training: bool) -> list[_Sample]:
+        if not len(examples):
+            raise ValueError("`examples` (=[]) must hold at least one example.")
+        return [self._render(_read(example, place, training=training)) for place, example in enumerate(examples)]
+
+    def _render(self, sample: _Sample) -> _Sample:
+        name, messages, images, question, answer, _ = sample
         self._check_answer(name, answer)
+        kind = type(self.processor).__name__
         if images and self.image_token is None:
-            raise ValueError(
-                f"{name} has {len(images)} image(s), but {type(self.processor).__name__} has no image token; pass the "
-                "processor of a vision-language model, or leave the images out."
-            )
+            raise ValueError(f"{name} has {len(images)} image(s), but {kind} has no image token; leave the images out.")
         if self.processor.chat_template:
             text = self._chat(messages, add_generation_prompt=True)
             answer = None if answer is None else self._follow(messages, text, answer)
         elif question is None:
-            raise ValueError(
-                f"{name} is given as `messages`, but {type(self.processor).__name__} has no chat template; give "
-                "`question` and `answer`, or set the processor's `chat_template`."
-            )
+            raise ValueError(f"{name} has `messages`, but {kind} has no chat template; give `question` and `answer`.")
         else:
-            text = (self.image_token or "") * len(images) + self.prompt_format.format(question=question)
+            text = (self.image_token or "") * len(images) + self.prompt_format.replace("{question}", question)
             # Words are told apart by a space; a bare answer would be glued to the prompt's last word.
             glued = answer is not None and not text[-1:].isspace() and not answer[:1].isspace()
             answer = f" {answer}" if glued else answer
         self._check_placeholders(name, text, len(images))
-        return _Sample(name, text, images, answer)
+        return sample._replace(text=text, answer=answer)
 
     def _check_answer(self, name: str, answer: str | None) -> None:
         end = str(self.tokenizer.eos_token)
         if answer and end in answer.strip().removesuffix(end):
             raise ValueError(
-                f"{name} has an answer with the end token {end!r} inside; what follows it would never be learnt: remove it."
+                f"{name} has an answer with the end token {end!r} inside: what follows is never learnt; remove it."
             )
 
     def _chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
@@ -167,20 +174,15 @@ class Collator:
     def _check_placeholders(self, name: str, text: str, num_images: int) -> None:
         num_placeholders = text.count(self.image_token) if self.image_token else 0
         if num_placeholders != num_images:
+            remedy = "add an entry {'type': 'image'} to the messages for each image."
+            if num_placeholders > num_images:
+                remedy = f"give an image for each image entry, and leave {self.image_token!r} out of the question."
             raise ValueError(
-                f"{name} has {num_images} image(s) and {num_placeholders} place(s) for them in its prompt; "
-                + (
-                    "give an image for each image entry of the messages, and leave the image token "
-                    f"{self.image_token!r} out of the question."
-                    if num_placeholders > num_images
-                    else "add an entry {'type': 'image'} to the messages for each image."
-                )
+                f"{name} has {num_images} image(s) and {num_placeholders} place(s) for them in its prompt; {remedy}"
             )
 
     def _encode(self, samples: list[_Sample]) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
         """The prompts as rows without padding (whatever runs along the sequence), and all else the processor made."""
-        if not samples:
-            raise ValueError("`examples` (=[]) must hold at least one example.")
         texts = [sample.text for sample in samples]
         options: dict[str, Any] = {"add_special_tokens": not self._has_bos(samples), "truncation": False}
         if self.is_text_only:  # row by row: needs no pad token and leaves the tokenizer's padding as it is
@@ -188,7 +190,8 @@ class Collator:
             aligned = {key: [torch.tensor(row) for row in rows] for key, rows in encoded.items()}
             rest: dict[str, Any] = {}
         else:
-            images = [sample.images for sample in samples]  # nested: some processors take a flat list for one row's
+            # Nested by row, as some processors take a flat list for the images of one row.
+            images: Any = [sample.images for sample in samples]
             options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
             encoded = self.processor(text=texts, images=images if any(images) else None, **options)
             aligned, rest = _split(dict(encoded))
@@ -211,7 +214,7 @@ class Collator:
     def _check_prompt(self, sample: _Sample, ids: list[int]) -> None:
         if not ids:
             raise ValueError(f"{sample.name} has a prompt of 0 tokens; give it a question.")
-        if ids[-1] == self.tokenizer.eos_token_id and not sample.text.rstrip().endswith(str(self.tokenizer.eos_token)):
+        if ids[-1] == self._eos_id and not sample.text.rstrip().endswith(str(self.tokenizer.eos_token)):
             raise ValueError(
                 f"{sample.name}: the tokenizer ends the prompt with its end token {self.tokenizer.eos_token!r}, so no "
                 "answer could follow; make it not add one (`add_eos_token=False`)."
@@ -219,7 +222,7 @@ class Collator:
 
     def _answer_ids(self, sample: _Sample) -> list[int]:
         """The answer's ids, tokenised as they come after the prompt, up to and with one end token."""
-        answer, eos = str(sample.answer), self.tokenizer.eos_token_id
+        answer, eos = str(sample.answer), self._eos_id
         tail = sample.text.rsplit(self.image_token, 1)[-1] if self.image_token else sample.text
         tail_ids = self._bare_ids(tail[-TAIL:])
         ids = self._bare_ids(tail[-TAIL:] + answer)
@@ -228,7 +231,7 @@ class Collator:
         ids = ids[: ids.index(eos)] if eos in ids else ids
         if not ids:
             raise ValueError(f"{sample.name} has an answer that gives no tokens: {answer!r}; give it a text.")
-        forbidden = self._media_ids | ({self.tokenizer.pad_token_id} - {eos, None})
+        forbidden = (self._media_ids | {self._pad_id}) - {eos}
         if found := sorted(forbidden.intersection(ids)):
             raise ValueError(
                 f"{sample.name} has an answer with the special token(s) {self.tokenizer.convert_ids_to_tokens(found)}; "
@@ -247,8 +250,9 @@ class Collator:
         if room < 1:
             num_image = sum(token in self._image_ids for token in prompt_ids.tolist())
             raise ValueError(
-                f"{sample.name} has a prompt of {len(prompt_ids)} tokens, {num_image} of them image tokens, which leaves "
-                f"no room for an answer in `max_length` (={self.max_length}); raise `max_length` or use smaller images."
+                f"{sample.name} has a prompt of {len(prompt_ids)} tokens, {num_image} of them image tokens: "
+                f"too long for `max_length` (={self.max_length}){' and an answer' if answer_ids else ''}; raise "
+                "`max_length` or use smaller images."
             )
         if self.overflow == "error":
             raise ValueError(
@@ -262,16 +266,15 @@ class Collator:
         return answer_ids[:room]
 
     def _extend(self, key: str, row: Tensor, answer_ids: list[int]) -> Tensor:
-        if key == "input_ids":
+        if key in ("input_ids", "labels"):
             return torch.cat([row, torch.tensor(answer_ids)])
         kind = ANSWER_TOKEN_TYPE.get(type(self.processor).__name__, 0) if key == "token_type_ids" else 0
         return torch.cat([row, row.new_full([len(answer_ids)], kind)])
 
     def _pad(self, aligned: dict[str, list[Tensor]], side: Literal["left", "right"]) -> dict[str, Tensor]:
-        # Masks come from lengths: where the pad token is the end token, comparing ids would hide real ends.
+        # Lengths, not ids: where the pad token is the end token, a mask made from ids would hide real ends.
         masks = [torch.ones_like(ids) for ids in aligned["input_ids"]]
-        pad = self.tokenizer.pad_token_id
-        fill = {"input_ids": self.tokenizer.eos_token_id if pad is None else pad, "labels": IGNORED}
+        fill = {"input_ids": self._pad_id, "labels": IGNORED}
         return {
             key: pad_sequence(rows, batch_first=True, padding_value=fill.get(key, 0), padding_side=side)
             for key, rows in {**aligned, "attention_mask": masks}.items()
@@ -283,12 +286,10 @@ def _check_settings(max_length: int | None, overflow: str, prompt_format: str) -
         raise ValueError(f"`max_length` (={max_length}) must be at least 1 token; leave it None for no limit.")
     if overflow not in ("error", "cut"):
         raise ValueError(f"`overflow` (={overflow!r}) must be 'error' or 'cut'.")
-    try:
-        has_question = "\0" in prompt_format.format(question="\0")
-    except (KeyError, IndexError, ValueError):
-        has_question = False
-    if not has_question:
-        raise ValueError(f"`prompt_format` (={prompt_format!r}) must hold {{question}} and no other field; add it.")
+    if "{question}" not in prompt_format:
+        raise ValueError(
+            f"`prompt_format` (={prompt_format!r}) must hold {{question}}; put it where the question goes."
+        )
 
 
 def _tokenizer_of(processor: object) -> PreTrainedTokenizerBase:
@@ -302,14 +303,17 @@ def _tokenizer_of(processor: object) -> PreTrainedTokenizerBase:
             "tokenizer; load it with AutoProcessor or AutoTokenizer."
         )
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError("`processor` has a tokenizer without an end token, so no end could be learnt; set `eos_token`.")
+        raise ValueError("`processor` has a tokenizer without an end token: no end could be learnt; set `eos_token`.")
     if is_processor and tokenizer.pad_token_id is None:
-        raise ValueError("`processor` has a tokenizer without a pad token; set `pad_token`, to `eos_token` if need be.")
+        raise ValueError("`processor` has a tokenizer without a pad token; set `pad_token`, `eos_token` will do.")
     return tokenizer
 
 
-def _media_ids(processor: Any, kinds: list[str]) -> frozenset[int]:
-    return frozenset(i for kind in kinds for i in getattr(processor, f"{kind}_token_ids") if i is not None)
+def _media_ids(processor: object, kind: Literal["image", "video", "audio"]) -> set[int]:
+    from transformers import ProcessorMixin
+
+    ids = getattr(processor, f"{kind}_token_ids") if isinstance(processor, ProcessorMixin) else []
+    return {token for token in ids if token is not None}
 
 
 def _split(encoded: dict[str, Any]) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
@@ -324,13 +328,13 @@ def _split(encoded: dict[str, Any]) -> tuple[dict[str, list[Tensor]], dict[str, 
             aligned[key] = [row[mask] for row, mask in zip(value, mask_BS, strict=True)]
         else:
             raise ValueError(
-                f"the processor's output `{key}` (shape {tuple(value.shape)}) runs along the sequence and has more to "
-                "it than one number a token; how an answer extends it is not known here: use another model."
+                f"`processor` makes `{key}` (shape {tuple(value.shape)}), more than one number a token; how an answer "
+                "extends that is not known here: use another model."
             )
     return aligned, rest
 
 
-def _read(example: Mapping[str, Any], place: int, *, training: bool) -> _Conversation:
+def _read(example: Mapping[str, Any], place: int, *, training: bool) -> _Sample:
     if not isinstance(example, Mapping):
         raise ValueError(f"row {place} of the batch (a {type(example).__name__}) must be a mapping; see `Collator`.")
     ids = [example[key] for key in ("id", "question_id") if example.get(key) is not None]
@@ -345,43 +349,46 @@ def _read(example: Mapping[str, Any], place: int, *, training: bool) -> _Convers
     question, images = _text(example["question"], name, "question"), _images_of(example, name)
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     answer = _answer(example["answer"], name) if training else None
-    return _Conversation(name, [{"role": "user", "content": parts}], images, answer, question)
+    return _Sample(name, [{"role": "user", "content": parts}], images, question, answer)
 
 
-def _read_messages(example: Mapping[str, Any], name: str, *, training: bool) -> _Conversation:
+def _read_messages(example: Mapping[str, Any], name: str, *, training: bool) -> _Sample:
     messages = list(example["messages"])
     last = messages[-1].get("role") if messages else None
     if last != "assistant" and (training or last != "user"):
+        roles = [message.get("role") for message in messages]
         raise ValueError(
-            f"{name} must end with the assistant's message{'' if training else ' or the user' + chr(39) + 's'}; got "
-            f"the roles {[m.get('role') for m in messages]}: the last one is the answer."
+            f"{name} has messages of the roles {roles}; the last must be the assistant's, it is the answer"
+            + (": add it." if training else " (or the user's, to be answered): add it.")
         )
     if len(messages) == 1 and last == "assistant":
         raise ValueError(f"{name} has no message before the assistant's; add what it answers to.")
     column, images, prompt = iter(_images_of(example, name)), [], []
     for message in messages[:-1] if last == "assistant" else messages:
-        parts = [_part(part, name, column, images) for part in _parts(message, name)]
-        prompt.append({**{k: v for k, v in message.items() if v is not None}, "content": parts})
+        given = {key: value for key, value in message.items() if value is not None}  # datasets fills up with None
+        prompt.append({**given, "content": _parts(message, name, column, images)})
     answer = None
     if training:
-        parts = [_part(part, name, iter(()), []) for part in _parts(messages[-1], name)]
+        parts = _parts(messages[-1], name, iter(()), [])
         if any(part["type"] == "image" for part in parts):
             raise ValueError(f"{name} has an image in its answer; an answer is text: move the image to the prompt.")
         answer = _answer("".join(part["text"] for part in parts), name)
-    return _Conversation(name, prompt, [*images, *column], answer, None)
+    return _Sample(name, prompt, [*images, *column], None, answer)
 
 
-def _parts(message: Mapping[str, Any], name: str) -> list[Any]:
+def _parts(
+    message: Mapping[str, Any], name: str, column: Iterator[Image.Image], images: list[Image.Image]
+) -> list[dict[str, str]]:
+    """A content without its images, which go to `images`: an entry's own, else the column's next, if there is one."""
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if isinstance(content, (list, tuple)):
-        return list(content)
+        return [_part(part, name, column, images) for part in content]
     raise ValueError(f"{name} has a message whose content is {content!r}; it must be a text or a list of entries.")
 
 
-def _part(part: Any, name: str, column: Any, images: list[Image.Image]) -> dict[str, str]:
-    """One entry without its image, which goes to `images`: its own, else the next of the column, if there is one."""
+def _part(part: Any, name: str, column: Iterator[Image.Image], images: list[Image.Image]) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         return {"type": "text", "text": _text(part.get("text"), name, "text")}
@@ -391,7 +398,7 @@ def _part(part: Any, name: str, column: Any, images: list[Image.Image]) -> dict[
             f"{name} has a message entry {part!r}; it must be {{'type': 'text', 'text': ...}} or {{'type': 'image'}} "
             "with a PIL image or a path under 'image': download what has a url."
         )
-    images.extend([_open(own[0], name)] if own else [image for image in [next(column, None)] if image is not None])
+    images.extend([_open(own[0], name)] if own else islice(column, 1))
     return {"type": "image"}
 
 

@@ -1,6 +1,6 @@
 """Folders of questions, captions and pictures as `datasets.Dataset`s, in the columns that `Collator` reads.
 
-Pictures are decoded when a row is read, not before. Whatever is wrong in a file is one ValueError that names file and row.
+Pictures are decoded when a row is read, not before. What is wrong in a file is a ValueError that names file and row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def load_vqa(folder: str | Path, split: str, images: str | Path | None = None) -
         _add(seen, question_id, None, where)
         if question_id not in annotations:
             raise ValueError(f"{where}: question {question_id} has no annotation in {annotations_file}; add it.")
-        rows.append(_vqa_row(where, question, *annotations[question_id], pictures))
+        where_note, note = annotations[question_id]
+        rows.append(_vqa_row(where, question, where_note, note, pictures))
     for question_id, (where, _) in annotations.items():
         if question_id not in seen:
             raise ValueError(f"{where}: annotation {question_id} has no question in {questions_file}; remove it.")
@@ -81,13 +82,16 @@ def load_jsonl(path: str | Path) -> datasets.Dataset:
             continue
         where = f"{file}, line {number}"
         row = _mapping(_json(line, where), where)
-        _get(row, "question", str, where), _get(row, "answer", str, where)
+        for key in ("question", "answer"):
+            _get(row, key, str, where)
         if row.get("question_id") is not None:
             _add(ids, row["question_id"], None, where)
         if row.get("image") is not None:
             row = {**row, "image": str(pictures.named(where, _get(row, "image", str, where)))}
         if rows and row.keys() != rows[0].keys():
-            raise ValueError(f"{where}: has the keys {sorted(row)}, the rows before have {sorted(rows[0])}; make them equal.")
+            raise ValueError(
+                f"{where}: has the keys {sorted(row)}, those before have {sorted(rows[0])}; make them equal."
+            )
         rows.append(row)
     return _dataset(rows, list(rows[0]) if rows else [], file)
 
@@ -144,7 +148,8 @@ def _split_file(folder: Path, split: str, kind: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"`folder` (={str(folder)!r}) must be a folder that exists.")
     part = re.escape(split) + r"(?:\d{4})?"
-    found = sorted(p for p in folder.iterdir() if re.fullmatch(rf"(.*_)?{part}_{kind}\.json|{kind}_{part}\.json", p.name))
+    name = re.compile(rf"(.*_)?{part}_{kind}\.json|{kind}_{part}\.json")
+    found = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
     if len(found) != 1:
         raise ValueError(
             f"{folder} must hold one file of {kind} for the split {split!r}, named {split}_{kind}.json or as the "
@@ -157,7 +162,7 @@ def _image_folder(folder: Path, split: str, images: str | Path | None) -> Path:
     """The given folder, else the first of the usual ones that holds pictures."""
     usual = [Path(images)] if images is not None else _usual_image_folders(folder, split)
     for place in usual:
-        if place.is_dir() and next(_pictures_in(place), None) is not None:
+        if place.is_dir() and any(True for _ in _pictures_in(place)):
             return place
     raise ValueError(f"no image folder for {folder}: none of {[str(p) for p in usual]} holds any; give `images`.")
 

@@ -126,12 +126,21 @@ class Runtime:
     # Scopes ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def prompt(self, input_ids_BL: Tensor | None, attention_mask_BL: Tensor | None, shape: tuple[int, int],
-               device: torch.device) -> Iterator[None]:
+    def prompt(
+        self,
+        input_ids_BL: Tensor | None,
+        attention_mask_BL: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> Iterator[None]:
         """Fix the prompt for all forwards inside; whatever they see beyond position L is an answer being generated."""
         layout = text_layout(
-            shape, device, input_ids_BL=input_ids_BL, attention_mask_BL=attention_mask_BL,
-            image_token_ids=self.sites.image_token_ids, grows=True,
+            shape,
+            device,
+            input_ids_BL=input_ids_BL,
+            attention_mask_BL=attention_mask_BL,
+            image_token_ids=self.sites.image_token_ids,
+            grows=True,
         )
         for placed in self._acting("text"):
             placed.positions.generated(torch.zeros(0, dtype=torch.long))  # refuses what decoding cannot know
@@ -205,15 +214,18 @@ class Runtime:
         if is_prompt_BL is None and training and generative:
             _refuse_unknown_prompt(acting)
         layout = text_layout(
-            shape, tokens.device, input_ids_BL=ids_BL, attention_mask_BL=mask_BL, is_prompt_BL=is_prompt_BL,
+            shape,
+            tokens.device,
+            input_ids_BL=ids_BL,
+            attention_mask_BL=mask_BL,
+            is_prompt_BL=is_prompt_BL,
             image_token_ids=self.sites.image_token_ids,
         )
         self._look_at(layout, labels if has_labels and not given else None, acting)
         return layout
 
     def _look_at(self, layout: TokenLayout, labels_BL: Tensor | None, acting: list[Placed]) -> None:
-        """Refuse batches that mean nothing. Looking costs a synchronisation on an accelerator: once there, then never.
-        """
+        """Refuse batches that mean nothing. On an accelerator looking means waiting for it: there, only the first."""
         on_cpu = layout.mask("prompt").device.type == "cpu"
         if torch.compiler.is_compiling() or (self.looked_at_a_batch and not on_cpu):
             return
@@ -391,8 +403,8 @@ def refuse_bad_labels(labels_BL: Tensor) -> None:
     if int(starts_B[row]) == 0:
         raise ValueError(f"row {row} of the batch has no labelled token: every label is -100, nothing can be learnt")
     raise ValueError(
-        f"row {row} of the batch has {int(starts_B[row])} separate answers: the positions edited for a prompt would not "
-        "be those edited when it is generated from; give each answer a row of its own, or pass your own `prompt_mask`"
+        f"row {row} of the batch has {int(starts_B[row])} separate answers: the positions edited for a prompt would "
+        "not be those edited when it is generated from; give each answer a row of its own, or pass a `prompt_mask`"
     )
 
 

@@ -116,7 +116,7 @@ class _Rotated(Edit):
 
     rotation: nn.Parameter
 
-    def rotation_RD(self, like: Tensor) -> Tensor:
+    def orthonormal_rotation(self, like: Tensor) -> Tensor:
         """Return R in the dtype of `like`; its rows are orthonormal whatever the optimiser did to `rotation`."""
         return orthonormal_rows(self.rotation.to(like.dtype))
 
@@ -140,12 +140,12 @@ class LoReFT(_Rotated):
         nn.init.orthogonal_(self.rotation)
         _linear_start(self.weight, self.bias)
         if identity:
-            self.weight.copy_(self.rotation_RD(self.weight))
+            self.weight.copy_(self.orthonormal_rotation(self.weight))
             self.bias.zero_()
 
     def delta(self, h_ND: Tensor) -> Tensor:
         """Return R^T(act(Wh + b) - Rh)."""
-        r_RD, w_RD, b_R = self.rotation_RD(h_ND), self.weight.to(h_ND.dtype), self.bias.to(h_ND.dtype)
+        r_RD, w_RD, b_R = self.orthonormal_rotation(h_ND), self.weight.to(h_ND.dtype), self.bias.to(h_ND.dtype)
         if self.activation is None:
             return F.linear(h_ND, w_RD - r_RD, b_R) @ r_RD
         return (self.act(F.linear(h_ND, w_RD, b_R)) - F.linear(h_ND, r_RD)) @ r_RD
@@ -174,7 +174,7 @@ class DiReFT(_Rotated):
     def delta(self, h_ND: Tensor) -> Tensor:
         """Return R^T act(Wh + b)."""
         source_NR = self.act(F.linear(h_ND, self.weight.to(h_ND.dtype), self.bias.to(h_ND.dtype)))
-        return source_NR @ self.rotation_RD(h_ND)
+        return source_NR @ self.orthonormal_rotation(h_ND)
 
 
 class NoReFT(Edit):
@@ -242,7 +242,7 @@ class ConsReFT(_Rotated):
 
     def delta(self, h_ND: Tensor) -> Tensor:
         """Return R^T(b - Rh)."""
-        r_RD = self.rotation_RD(h_ND)
+        r_RD = self.orthonormal_rotation(h_ND)
         return (self.bias.to(h_ND.dtype) - F.linear(h_ND, r_RD)) @ r_RD
 
 
@@ -262,7 +262,7 @@ class LobiReFT(_Rotated):
 
     def delta(self, h_ND: Tensor) -> Tensor:
         """Return R^T b, the same for every position."""
-        return (self.bias.to(h_ND.dtype) @ self.rotation_RD(h_ND)).expand_as(h_ND)
+        return (self.bias.to(h_ND.dtype) @ self.orthonormal_rotation(h_ND)).expand_as(h_ND)
 
 
 class RED(Edit):

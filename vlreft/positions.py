@@ -20,6 +20,7 @@ from torch import Tensor
 from vlreft.layout import ENDLESS_SEGMENTS, TEXT_SEGMENTS, TOWER_SEGMENTS, TokenLayout
 
 SEGMENTS = tuple(dict.fromkeys(TEXT_SEGMENTS + TOWER_SEGMENTS))
+_NUMBER = r"[0-9]{1,6}"
 
 
 class Select(ABC):
@@ -84,7 +85,7 @@ class First(Select):
     """The first `num` tokens."""
 
     num: int
-    pattern = r"f(\d+)"
+    pattern = f"f({_NUMBER})"
     spelling = "fN"
 
     @classmethod
@@ -111,7 +112,7 @@ class Last(Select):
     """The last `num` tokens."""
 
     num: int
-    pattern = r"l(\d+)"
+    pattern = f"l({_NUMBER})"
     spelling = "lN"
 
     @classmethod
@@ -138,7 +139,7 @@ class Uniform(Select):
     """`num` tokens spread evenly: the middles of `num` equal stretches; all tokens of a shorter segment."""
 
     num: int
-    pattern = r"uniform(\d+)"
+    pattern = f"uniform({_NUMBER})"
     spelling = "uniformN"
 
     @classmethod
@@ -168,14 +169,14 @@ class Slice(Select):
 
     start: int
     stop: int | None
-    pattern = r"\[(-?\d+)?:(-?\d+)?\]"
+    pattern = rf"\[(-?{_NUMBER})?:(-?{_NUMBER})?\]"
     spelling = "[a:b]"
 
     @classmethod
     def parse(cls, match: re.Match[str]) -> "Slice":
         """Build."""
         start, stop = int(match[1] or 0), None if match[2] is None else int(match[2])
-        if stop is not None and (start < 0) == (stop < 0) and stop <= start:
+        if stop == 0 or (stop is not None and (start < 0) == (stop < 0) and stop <= start):
             raise ValueError(f"the slice {match[0]} selects nothing")
         return cls(start, stop)
 
@@ -264,11 +265,15 @@ class Positions:
         return tuple(masks)
 
 
-@lru_cache(maxsize=1024)
 def parse_positions(text: str) -> Positions:
     """Parse a position string. Raises ValueError that points at the character where it stops making sense."""
     if not isinstance(text, str):
         raise TypeError(f"`positions` must be a string such as 'question:f4+l4', got {text!r}")
+    return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Positions:
     if text in SEGMENTS:
         return Positions(text, text, (All(),))
     segment, place = "prompt", 0
@@ -303,8 +308,9 @@ def _parse_select(text: str, place: int) -> tuple[Select, int]:
 
 
 def _syntax_error(text: str, place: int, problem: str, expected: str) -> ValueError:
-    return ValueError(f"`positions` {text!r}: {problem} (character {place + 1})\n    {text}\n    {' ' * place}^\n"
-                      f"expected: {expected}")
+    return ValueError(
+        f"`positions` {text!r}: {problem} (character {place + 1})\n    {text}\n    {' ' * place}^\nexpected: {expected}"
+    )
 
 
 @dataclass(frozen=True, eq=False)

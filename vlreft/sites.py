@@ -142,9 +142,7 @@ def _vision_site(model: PreTrainedModel, path: str, blocks: nn.Module) -> Site:
         num_live = max(state if state >= 0 else num_blocks + 1 + state for state in states)
         dead_because = f"{type(model).__name__} reads the output of layer {num_live - 1} (vision_feature_layer={read})"
     site = _site(model, "vision", path, blocks, ("prompt", "patches") + (("cls",) if num_cls else ()))
-    return Site(
-        site.name, site.blocks, site.width, site.owner, path, site.segments, num_live, dead_because, num_cls
-    )
+    return Site(site.name, site.blocks, site.width, site.owner, path, site.segments, num_live, dead_because, num_cls)
 
 
 def _outermost_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,37 +1,50 @@
 """What the two training scripts share: tokenizer, chat template, optimizers, schedule, saving."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-from world import SPECIAL_TOKENS, VOCABULARY
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from world import SPECIAL_TOKENS, VOCABULARY, WORDS
 
 TOKEN_IDS = {word: index for index, word in enumerate(VOCABULARY)}
+SPECIAL_IDS = {
+    "pad_token_id": TOKEN_IDS["<pad>"],
+    "bos_token_id": TOKEN_IDS["<s>"],
+    "eos_token_id": TOKEN_IDS["</s>"],
+}
 IGNORE = -100  # the label that cross_entropy skips
 
-# `<s> <user> <image> question <assistant> answer </s>`; the tokenizer drops the blanks between the parts.
-CHAT_TEMPLATE = (
+_TEMPLATE = (
     "{{ '<s>' }}"
     "{%- for message in messages %}"
-    "{%- if message['role'] == 'user' %}{{ ' <user>' }}"
-    "{%- elif message['role'] == 'assistant' %}{{ ' <assistant>' }}"
-    "{%- else %}{{ raise_exception('only the roles user and assistant are known') }}{%- endif %}"
-    "{%- generation %}"
+    "{%- set content %}"
     "{%- if message['content'] is string %}{{ ' ' + message['content'] }}"
     "{%- else %}{%- for part in message['content'] %}"
     "{%- if part['type'] == 'text' %}{{ ' ' + part['text'] }}"
-    "{%- elif part['type'] == 'image' %}{{ ' <image>' }}"
-    "{%- else %}{{ raise_exception('only text and image parts are known') }}{%- endif %}"
+    "IMAGE_PART"
+    "{%- else %}{{ raise_exception('this model does not read parts of type ' + part['type']) }}{%- endif %}"
     "{%- endfor %}{%- endif %}"
-    "{%- if message['role'] == 'assistant' %}{{ ' </s>' }}{%- endif %}"
-    "{%- endgeneration %}"
+    "{%- endset %}"
+    "{%- if message['role'] == 'user' %}{{ ' <user>' + content }}"
+    "{%- elif message['role'] == 'assistant' %}{{ ' <assistant>' }}"
+    "{%- generation %}{{ content + ' </s>' }}{%- endgeneration %}"
+    "{%- else %}{{ raise_exception('only the roles user and assistant are known') }}{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{ ' <assistant>' }}{%- endif %}"
 )
+
+
+def chat_template(*, images: bool) -> str:
+    """Jinja source of `<s> <user> <image> question <assistant> answer </s>`, without `<image>` for a text model.
+
+    The tokenizer drops the blanks between the parts.
+    """
+    return _TEMPLATE.replace("IMAGE_PART", "{%- elif part['type'] == 'image' %}{{ ' <image>' }}" if images else "")
 
 
 def encode(text: str) -> list[int]:
@@ -54,6 +67,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",  # what generate needs; training code that wants right padding says so
         model_max_length=1024,
+    )
+
+
+def build_text_config() -> LlamaConfig:
+    """The language model of both demo models, 0.88 million parameters."""
+    return LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        **SPECIAL_IDS,
     )
 
 
@@ -101,12 +129,7 @@ def constant_then_linear(num_steps: int, warmup: int, decay_from: float) -> Call
 def save_half(model: PreTrainedModel, folder: Path) -> None:
     """Weights in float16, to halve the file; the config says float32, so that they load as float32 for CPU use."""
     precision = next(model.parameters()).dtype
-    model.generation_config = GenerationConfig(
-        bos_token_id=TOKEN_IDS["<s>"],
-        eos_token_id=TOKEN_IDS["</s>"],
-        pad_token_id=TOKEN_IDS["<pad>"],
-        max_new_tokens=32,
-    )
+    model.generation_config = GenerationConfig(max_new_tokens=32, **SPECIAL_IDS)
     full = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.half().save_pretrained(folder)
     model.to(precision).load_state_dict(full)  # undo the rounding: training may go on
@@ -114,13 +137,9 @@ def save_half(model: PreTrainedModel, folder: Path) -> None:
     path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
-def copy_words() -> list[str]:
-    """Words that `say W please` drills, so that no embedding stays as it was drawn at the start."""
-    return [word for word in VOCABULARY if word not in SPECIAL_TOKENS]
-
-
-def copy_segment(word: str) -> tuple[list[int], list[int]]:
-    """Question ids and answer ids of the copy drill."""
+def copy_drill(rng: random.Random) -> tuple[list[int], list[int]]:
+    """Question and answer ids of `say W please`, so that no word's embedding stays as it was drawn at the start."""
+    word = rng.choice(WORDS)
     return encode(f"say {word} please"), encode(word)
 
 

@@ -19,24 +19,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import (
-    CHAT_TEMPLATE,
     IGNORE,
+    SPECIAL_IDS,
     TOKEN_IDS,
     Optimizers,
+    build_text_config,
     build_tokenizer,
+    chat_template,
     constant_then_linear,
-    copy_segment,
-    copy_words,
+    copy_drill,
     encode,
     log,
     save_half,
 )
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -90,29 +90,15 @@ def build_model() -> LlavaForConditionalGeneration:
         patch_size=PATCH,
         projection_dim=128,
     )
-    special = {
-        f"{name}_token_id": TOKEN_IDS[token] for name, token in zip(("pad", "bos", "eos"), ("<pad>", "<s>", "</s>"))
-    }
-    text = LlamaConfig(
-        vocab_size=len(TOKEN_IDS),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        **special,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=build_text_config(),
         image_token_id=TOKEN_IDS["<image>"],
         image_seq_length=NUM_IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        **special,
+        **SPECIAL_IDS,
     )
     return LlavaForConditionalGeneration(config)
 
@@ -129,7 +115,7 @@ def build_processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which "default" drops again
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(images=True),
     )
 
 
@@ -185,6 +171,7 @@ class TowerHeads(nn.Module):
     """Linear read-outs that teach the tower, thrown away after stage 1."""
 
     def __init__(self, width: int) -> None:
+        """`width` is D."""
         super().__init__()
         self.sizes = [len(SHAPES) + 1, len(COLORS) + 1, len(RADII) + 1]
         self.cells = nn.Linear(width, sum(self.sizes))
@@ -194,17 +181,21 @@ class TowerHeads(nn.Module):
         """Shape, colour and size logits, each (B, C, classes), from features (B, T, D)."""
         side = IMAGE_SIZE // PATCH
         grid = features.transpose(1, 2).unflatten(2, (side, side))
-        pooled = F.adaptive_avg_pool2d(grid, 3).flatten(2).transpose(1, 2)
+        pooled = functional.adaptive_avg_pool2d(grid, 3).flatten(2).transpose(1, 2)
         return list(self.cells(pooled).split(self.sizes, dim=-1))
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cells, plus a quarter of the cross-entropy of each token's own row and column."""
         logits = self.cell_logits(features)
-        cells = sum(F.cross_entropy(part.flatten(0, 1), labels[..., i].flatten()) for i, part in enumerate(logits))
+        cells = sum(
+            functional.cross_entropy(part.flatten(0, 1), labels[..., i].flatten()) for i, part in enumerate(logits)
+        )
         side = IMAGE_SIZE // PATCH
         token = torch.arange(side * side).repeat(len(features))
         row, column = self.places(features).flatten(0, 1).chunk(2, dim=-1)
-        return cells + 0.25 * (F.cross_entropy(row, token // side) + F.cross_entropy(column, token % side))
+        return cells + 0.25 * (
+            functional.cross_entropy(row, token // side) + functional.cross_entropy(column, token % side)
+        )
 
 
 @torch.no_grad()
@@ -267,7 +258,7 @@ def segments_of(scene: Scene, rng: random.Random) -> list[Segment]:
         qa = ask_any(scene, tuple(KIND_WEIGHTS), rng, tuple(KIND_WEIGHTS.values()))
         segments.append(Segment(qa.kind, encode(qa.question), encode(qa.answer)))
     for sees_image in (True, False):
-        segments.append(Segment("copy", *copy_segment(rng.choice(copy_words())), sees_image))
+        segments.append(Segment("copy", *copy_drill(rng), sees_image))
     return segments
 
 
@@ -289,10 +280,11 @@ class Packed:
     blind: torch.Tensor  # (B, L), True in segments that do not see the image
 
     def mask(self) -> torch.Tensor:
-        """Which key (last axis) each query may attend to, bool (B, 1, L, L)."""
+        """What to add to attention scores, 0 where a query may see a key (last axis), else -inf-like; (B, 1, L, L)."""
         query, key = self.group[:, :, None], self.group[:, None, :]
         seen = (query == key) | (key == 0) | ((key == 1) & ~self.blind[:, :, None])
-        return (seen & torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool).tril())[:, None]
+        seen &= torch.ones_like(seen[0]).tril()
+        return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
 def pack(batch: list[list[Segment]]) -> Packed:
@@ -374,7 +366,7 @@ def train_language(
         packed = pack([segments_of(train.scenes[i], rng) for i in index.tolist()])
         with torch.autocast("cpu", torch.bfloat16):
             logits = packed_logits(model, packed, train_features[index])
-        loss = F.cross_entropy(logits.float(), packed.labels[packed.labels != IGNORE])
+        loss = functional.cross_entropy(logits.float(), packed.labels[packed.labels != IGNORE])
         optimizers.step(loss)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             scores = report(exact_match(model, dev.scenes[:200], dev_features, "dev"))
@@ -397,15 +389,16 @@ def main() -> None:
     parser.add_argument("--preliminary", type=Path, help="folder for a checkpoint at every evaluation")
     parser.add_argument("--log", type=Path, help="file to append one JSON line per evaluation to")
     parser.add_argument("--scenes", type=int, default=24000, help="training scenes")
-    parser.add_argument("--tower-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=4000, help="of stage 2")
-    parser.add_argument("--every", type=int, default=250, help="steps between evaluations on dev")
+    parser.add_argument("--tower-steps", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=3600, help="of stage 2")
+    parser.add_argument("--every", type=int, default=300, help="steps between evaluations on dev")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     train, dev, test = draw("base", args.scenes, MAX_NOISE), draw("dev", 500), draw("test", 1000)
     model = build_model()
+    model.set_attn_implementation("eager")  # a quarter faster than sdpa here: masked sdpa has a slow CPU backward
     train_tower(model, train, dev, args)
     train_language(model, train, dev, args)
     save(model, args.out)

@@ -1,6 +1,6 @@
 """Processors, tokenizers and tiny models made on the spot, offline: true transformers classes with small vocabularies.
 
-Each builder returns a new object, the same every time. Widths are small; ids, sizes and structure are those of the family.
+Each builder returns a new object, the same every time. Widths are small; structure and ids are the family's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    SiglipImageProcessor,
 )
 
 # What the vocabularies are trained on: enough for words, blanks and line ends to merge as they do in real ones.
@@ -42,7 +46,8 @@ LLAVA_TEMPLATE = (
 # In the form of Qwen2.5-VL's: a system turn if none is given, parts in their order, each turn closed.
 QWEN_TEMPLATE = (
     "{% for m in messages %}"
-    "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and m['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
@@ -66,7 +71,9 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=specials + byte_tokens, show_progress=False))
+    core.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=specials + byte_tokens, show_progress=False)
+    )
     # The trainer makes the byte tokens special; a model of them alone keeps them ordinary, as Llama has them.
     plain = Tokenizer(core.model)
     plain.pre_tokenizer, plain.decoder = core.pre_tokenizer, core.decoder
@@ -84,7 +91,9 @@ def qwen_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    core.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     core.add_special_tokens(QWEN_SPECIALS)
     return _wrap(core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template)
 
@@ -135,6 +144,13 @@ def qwen25vl_processor(min_pixels: int = 28 * 28, max_pixels: int = 28 * 28 * 16
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     images = Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2, temporal_patch_size=2)
     return Qwen2_5_VLProcessor(images, qwen_tokenizer(), Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
+
+
+def tiny_paligemma_processor() -> PaliGemmaProcessor:
+    """Make PaliGemma's processor: no chat template, four tokens an image, token types that say what sees what."""
+    images = SiglipImageProcessor(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    return PaliGemmaProcessor(images, llama_tokenizer())
 
 
 def _llama_sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -193,3 +209,17 @@ def tiny_qwen25vl_model(processor: Qwen2_5_VLProcessor, seed: int = 0) -> Qwen2_
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_paligemma_model(processor: PaliGemmaProcessor, seed: int = 0) -> PaliGemmaForConditionalGeneration:
+    """Make a PaliGemma of three tower blocks and three text blocks with random weights, in eval mode."""
+    torch.manual_seed(seed)
+    vision = {
+        **{"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "hidden_size": 24},
+        **{"intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 32},
+    }
+    text = {"model_type": "gemma", "head_dim": 8, **_llama_sizes(processor.tokenizer)}
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=processor.image_token_id, projection_dim=32
+    )
+    return PaliGemmaForConditionalGeneration(config).eval()

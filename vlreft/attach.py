@@ -17,6 +17,8 @@ from vlreft.layout import text_layout
 from vlreft.sites import Site, Sites, find_sites
 
 CHILD_NAME = "vlreft"
+# Names that an adapter cannot have: those of the attributes of `Adapters`, its parent.
+RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | {"runtime", "was_trainable", "refts"}
 
 
 class Adapters(nn.ModuleDict):
@@ -157,6 +159,8 @@ def attach(model: PreTrainedModel, config: ReftConfig, name: str = "default") ->
     _check_name(model, name)
     adapters = _adapters(model)
     sites = adapters.runtime.sites if adapters is not None else find_sites(model)
+    if adapters is None and hasattr(model, CHILD_NAME):
+        raise ValueError(f"{sites.model_name} has a '{CHILD_NAME}' of its own, where interventions are kept; rename it")
     plan = _plan(config, sites)
     edits = nn.ModuleDict({key: _build(item, site, layer) for key, item, site, layer, _ in plan})
     if adapters is None:
@@ -209,13 +213,13 @@ def find_only_reft(model: nn.Module) -> Reft:
 
 
 def _adapters(model: nn.Module) -> Adapters | None:
-    child = dict(model.named_children()).get(CHILD_NAME)
+    child = dict(model.named_children()).get(CHILD_NAME) if isinstance(model, nn.Module) else None
     return child if isinstance(child, Adapters) else None
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or name in dir(nn.ModuleDict):
-        raise ValueError(f"`name` (={name!r}) must be letters, digits, '_' and '-', and not a method of ModuleDict")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or name in RESERVED_NAMES:
+        raise ValueError(f"`name` (={name!r}) must be letters, digits, '_' and '-', and no attribute of a ModuleDict")
     if find_reft(model, name) is not None:
         raise ValueError(f"interventions named '{name}' are attached already; detach them or choose another `name`")
 
@@ -246,13 +250,25 @@ def _plan(config: ReftConfig, sites: Sites) -> list[tuple[str, Intervention, Sit
 
 
 def _build(item: Intervention, site: Site, layer: int) -> Edit:
-    device = next((p.device for p in site.blocks[layer].parameters()), torch.device("cpu"))
+    device = _device_of(site.blocks[layer])
     if device.type == "meta":
         with torch.device("meta"):
             return item.build(site.width)
     return item.build(site.width).to(device)  # drawn on the CPU: the same start on every device
 
 
+def _device_of(block: nn.Module) -> torch.device:
+    """Return where a block runs: where its parameters are, or where accelerate takes them when it offloads them."""
+    device = next((p.device for p in block.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
+    for hook in [single for hook in hooks for single in getattr(hook, "hooks", (hook,))]:
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return device
+
+
 def _describe_base(model: PreTrainedModel, sites: Sites) -> Base:
     shape = {name: [len(site.blocks), site.width] for name, site in sites.by_name.items()}
-    return Base(model.config.model_type, type(model).__name__, model.config.name_or_path, shape)
+    return Base(model.config.model_type, type(model).__name__, model.config.name_or_path or "", shape)

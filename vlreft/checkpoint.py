@@ -31,6 +31,14 @@ class Base:
     name_or_path: str
     sites: dict[str, list[int]]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for fields of other types, which a file may hold."""
+        names = (self.model_type, self.class_name, self.name_or_path)
+        shapes = list(self.sites.values()) if isinstance(self.sites, dict) else [None]
+        are_pairs = all(isinstance(shape, list) and [type(number) for number in shape] == [int, int] for shape in shapes)
+        if not are_pairs or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"'base' must hold three names and [number of blocks, width] of each site, got {self!r}")
+
     def __str__(self) -> str:
         """Name the base and its shape."""
         shape = ", ".join(f"{site} {blocks} x {width}" for site, (blocks, width) in self.sites.items())
@@ -47,14 +55,17 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write the three files; each appears whole or not at all. Tensors are stored in float32."""
+    """Write the three files, or leave those that are there. Tensors are stored in float32."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in checkpoint.tensors.items()}
     data = checkpoint.config.to_dict() | {"base": asdict(checkpoint.base)}
-    _replace(path / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-    _replace(path / CONFIG_NAME, json.dumps(data, indent=2).encode())
-    _replace(path / CARD_NAME, _card(checkpoint, sum(t.numel() for t in tensors.values())).encode())
+    files = {
+        WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
+        CONFIG_NAME: json.dumps(data, indent=2).encode(),
+        CARD_NAME: _card(checkpoint, sum(t.numel() for t in tensors.values())).encode(),
+    }
+    _replace(path, files)
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -103,7 +114,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"no vlreft checkpoint in {path.parent}: there is no {path.name}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
@@ -120,14 +131,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write next to the target, flush to disk, then rename over it: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files next to their targets, flush them to disk, and only then rename them over."""
+    temporaries = {name: folder / f".{name}.tmp" for name in files}
+    try:
+        for name, content in files.items():
+            with temporaries[name].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, temporary in temporaries.items():
+            temporary.replace(folder / name)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def _card(checkpoint: Checkpoint, num_parameters: int) -> str:

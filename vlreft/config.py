@@ -1,7 +1,7 @@
 """`Intervention` and `ReftConfig`: what to learn where, as frozen, validated data, JSON both ways."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -105,7 +105,7 @@ class Intervention:
 class ReftConfig:
     """A set of interventions, in the order in which they act where they share a block.
 
-    Equal to itself after `from_dict(to_dict())`. Raises ValueError or TypeError with the interventions's number.
+    Equal to itself after `from_dict(to_dict())`. Raises ValueError or TypeError with the intervention's number.
     """
 
     interventions: tuple[Intervention, ...]
@@ -136,18 +136,23 @@ class ReftConfig:
         if data.get("format_version") != FORMAT_VERSION:
             version = data.get("format_version")
             raise ValueError(f"`format_version` (={version!r}) is not {FORMAT_VERSION}; it was made by another vlreft")
+        if surplus := sorted(set(data) - {"format_version", "interventions"}):
+            raise ValueError(f"a ReftConfig has no keys {surplus}")
         known = {field.name for field in fields(Intervention)}
         items = []
         for number, item in enumerate(data["interventions"]):
             if not isinstance(item, Mapping) or set(item) != known:
                 got = sorted(set(item) ^ known) if isinstance(item, Mapping) else item
                 raise ValueError(f"intervention {number} must have the keys {sorted(known)}; it differs in {got}")
-            items.append(Intervention(**item))
+            try:
+                items.append(Intervention(**item))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"intervention {number}: {error}") from error
         return cls(items)
 
 
 def _layers(layers: object) -> str | tuple[int, ...]:
-    if layers == "all":
+    if isinstance(layers, str) and layers == "all":
         return "all"
     several = (layers,) if isinstance(layers, int) else layers
     if isinstance(several, str) or not isinstance(several, Iterable):
@@ -160,8 +165,8 @@ def _layers(layers: object) -> str | tuple[int, ...]:
     return numbers
 
 
-def _one_of(field: str, value: object, known: Iterable[str]) -> None:
-    if value not in known:
+def _one_of(field: str, value: object, known: Collection[str]) -> None:
+    if value not in tuple(known):
         raise ValueError(f"`{field}` (={value!r}) must be one of {', '.join(map(repr, known))}")
 
 

@@ -192,7 +192,7 @@ class Collator:
         else:
             # Nested by row, as some processors take a flat list for the images of one row.
             images: Any = [sample.images for sample in samples]
-            options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+            options |= {"padding": True, "return_tensors": "pt"}
             encoded = self.processor(text=texts, images=images if any(images) else None, **options)
             aligned, rest = _split(dict(encoded))
         aligned.pop("attention_mask", None)

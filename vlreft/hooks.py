@@ -153,7 +153,7 @@ class Runtime:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate` with the caller's prompt as the layout of every forward in it."""
-        own = self._own_generate or partial(type(self.model).generate, self.model)
+        own = self._own_generate or partial(type(self.model).generate, self.model)  # pyright: ignore[reportAttributeAccessIssue]
         tokens = next(iter(args), None)
         for name in ("inputs", "input_ids", "inputs_embeds"):
             tokens = kwargs.get(name) if tokens is None else tokens
@@ -162,14 +162,23 @@ class Runtime:
         ids_BL = tokens if tokens.dim() == 2 else None
         mask_BL = kwargs.get("attention_mask")
         if mask_BL is None and ids_BL is not None:
-            mask_BL = self._guess_attention_mask(ids_BL)
+            mask_BL = self._guess_attention_mask(ids_BL, args, kwargs)
         with self.prompt(ids_BL, mask_BL, (tokens.shape[0], tokens.shape[1]), tokens.device):
             return own(*args, **kwargs)
 
-    def _guess_attention_mask(self, input_ids_BL: Tensor) -> Tensor | None:
-        """Follow `generate`'s own rule for a call without a mask: pads are masked unless pad is also an end token."""
-        settings = self.model.generation_config
-        pad, eos = settings.pad_token_id, settings.eos_token_id
+    def _guess_attention_mask(
+        self, input_ids_BL: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Follow `generate`'s own rule for a call without a mask: pads are masked unless pad is also an end token.
+
+        What counts as pad and end is said by the call, else by the call's config, else by the model's.
+        """
+        of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        said: dict[str, Any] = {}
+        for name in ("pad_token_id", "eos_token_id"):
+            configs = (kwargs.get(name), getattr(of_call, name, None), getattr(self.model.generation_config, name))
+            said[name] = next((value for value in configs if value is not None), None)
+        pad, eos = said["pad_token_id"], said["eos_token_id"]
         ends = eos if isinstance(eos, list) else [eos]
         return None if pad is None or pad in ends else input_ids_BL != pad
 
@@ -207,10 +216,10 @@ class Runtime:
             got = tuple(mask_BL.shape) if isinstance(mask_BL, Tensor) else type(mask_BL).__name__
             raise ValueError(f"`attention_mask` must have the shape of the tokens, {shape}, got {got}")
         generative = isinstance(self.model, GenerationMixin)
-        has_labels = isinstance(labels, Tensor) and labels.shape == shape and generative
+        labels_BL = labels if isinstance(labels, Tensor) and labels.shape == shape and generative else None
         given = is_prompt_BL is not None
-        if not given and has_labels:
-            is_prompt_BL = prompt_from_labels(labels)
+        if not given and labels_BL is not None:
+            is_prompt_BL = prompt_from_labels(labels_BL)
         if is_prompt_BL is None and training and generative:
             _refuse_unknown_prompt(acting)
         layout = text_layout(
@@ -221,7 +230,7 @@ class Runtime:
             is_prompt_BL=is_prompt_BL,
             image_token_ids=self.sites.image_token_ids,
         )
-        self._look_at(layout, labels if has_labels and not given else None, acting)
+        self._look_at(layout, None if given else labels_BL, acting)
         return layout
 
     def _look_at(self, layout: TokenLayout, labels_BL: Tensor | None, acting: list[Placed]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 from transformers.utils.logging import tqdm
 
 from vlreft.attach import Reft, find_only_reft
@@ -57,6 +58,10 @@ class ReftMixin(_TrainerType):
             if labels.device.type == "cpu" or self.state.global_step == 0:  # elsewhere looking costs a synchronisation
                 refuse_bad_labels(labels)
             inputs = {**inputs, "prompt_mask": prompt_from_labels(labels)}
+        if self.label_smoother is not None and self._loss_shifts_labels:
+            # transformers shifts the labels for text-only models alone; a vision-language model would learn to repeat
+            # the token that it is reading.
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -102,7 +107,7 @@ class ReftTrainer(ReftMixin, Trainer):
         self,
         model: PreTrainedModel,
         args: TrainingArguments | None = None,
-        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -147,7 +152,7 @@ class ReftTrainer(ReftMixin, Trainer):
         if self.answer_metrics is None:
             return output
         dataset: Any = dataloader.dataset
-        scores = self.answer_metrics(self.predict_answers(dataset), dataset)
+        scores = denumpify_detensorize(self.answer_metrics(self.predict_answers(dataset), dataset))
         metrics = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
         return output._replace(metrics=metrics)
 

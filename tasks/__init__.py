@@ -1,0 +1,1 @@
+"""The demo tasks' figures; not part of the installed package."""

@@ -1,0 +1,45 @@
+"""The README's code is run, block after block, as a reader would type it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def in_project_root(tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_project_root")
+def test_python_blocks_run_in_order():
+    namespace = {}
+    assert len(BLOCKS) >= 3
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert Path("runs/readme/adapter/reft_model.safetensors").is_file()
+    assert namespace["reft"].is_attached
+
+
+def test_files_of_the_tour_exist():
+    tour = README.partition("## Guided tour")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `([^`]+)` \|", tour, flags=re.MULTILINE)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    modules = {f"vlreft/{path.name}" for path in (ROOT / "vlreft").glob("*.py")} - {"vlreft/__init__.py"}
+    assert modules <= set(named)
+
+
+def test_pictures_of_the_readme_exist():
+    assert all((ROOT / name).is_file() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README))
+
+
+def test_both_commands_stand_in_the_readme():
+    assert "\npip install -e . && python examples/finetune_vqa.py\n" in README
+    assert '\npip install -e ".[test]" && pytest\n' in README
+    assert shutil.which("python")

@@ -1,0 +1,500 @@
+"""Tables of what the shared tests run over: families of models, interventions, position strings.
+
+Each table takes rows and nothing else: a new family is a `Family` in `FAMILIES`, a new intervention a line in
+`INTERVENTIONS`, a new select a line in `SELECTS`. `test_laws.py` says so when a row of the library has none here.
+
+Models are made on the spot from a config, with random weights loud enough for an edit to be heard in the logits. All
+families read the same `SAMPLES`; `batch` writes them down as a family wants them.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import vlreft
+
+ROOT = Path(__file__).parent.parent
+
+# Samples -----------------------------------------------------------------------------------------------------------
+
+IMAGE = -1  # where a picture stands in a sample's prompt
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answer as token numbers below 30 and pictures."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+SAMPLES = (
+    Sample((5, 8, IMAGE, 11, 12, 13, 14, 15, 16), (20, 21)),
+    Sample((6, 17, 18, 9), (22, 23, 24)),
+    Sample((7, IMAGE, 10, IMAGE, 19, 25, 26), (27,)),
+)
+TEXT_ONLY = (SAMPLES[1], Sample((5, 11, 12, 13, 14, 15), (20, 21)))
+WITH_IMAGES = (SAMPLES[0], SAMPLES[2])
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a row, as the plain reimplementation of the position language below sees it."""
+
+    index: int
+    is_image: bool
+    is_answer: bool
+
+
+# Families ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how to build a model and what to feed it.
+
+    build: makes the model, the same every time. media: turns pictures (their numbers) into keyword arguments.
+    image_tokens: the ids that stand for one picture. image_id: which of them is replaced by features. text, vision:
+    the paths of the blocks. vision_tokens: tokens of a picture in the tower, class tokens included; packed: whether the
+    tower runs all pictures as one row. first_id: added to a sample's numbers, so that they avoid special ids.
+    position_ids: whether the caller must say them under left padding. extra: makes further arguments from the batch.
+    takes_fullgraph: whether the base alone compiles without a graph break.
+    """
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    text: str
+    vision: str = ""
+    media: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
+    image_tokens: tuple[int, ...] = ()
+    image_id: int = -1
+    vision_tokens: int = 0
+    num_cls: int = 0
+    packed: bool = False
+    first_id: int = 0
+    position_ids: bool = False
+    extra: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    takes_fullgraph: bool = True
+
+    def __str__(self) -> str:
+        """Name it in test ids."""
+        return self.name
+
+    @property
+    def has_image(self) -> bool:
+        """Whether it takes pictures."""
+        return self.media is not None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites it must be found to have."""
+        return ("text", "vision", "connector") if self.has_image else ("text",)
+
+    def generation(self, num_tokens: int = 4, **more: Any) -> dict[str, Any]:
+        """Return greedy arguments of `generate`; an image token must not be generated, no picture goes with it."""
+        banned = {"suppress_tokens": sorted(set(self.image_tokens))} if self.has_image else {}
+        return {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": PAD, **banned, **more}
+
+    def blocks(self, model: PreTrainedModel, site: str) -> Sequence[torch.nn.Module]:
+        """Return the blocks of a site by their written path, not by the library's search."""
+        return model.get_submodule(self.vision if site == "vision" else self.text)  # pyright: ignore
+
+    def prompt_ids(self, sample: Sample) -> list[int]:
+        """Return the ids of a sample's prompt."""
+        ids: list[int] = []
+        for token in sample.prompt:
+            ids += (self.image_tokens if self.has_image else ()) if token == IMAGE else (token + self.first_id,)
+        return ids
+
+    def answer_ids(self, sample: Sample) -> list[int]:
+        """Return the ids of a sample's answer."""
+        return [token + self.first_id for token in sample.answer]
+
+    def tokens(self, sample: Sample, *, answer: bool = True) -> list[Token]:
+        """Return what each token of a sample is, counted from its first one."""
+        prompt = self.prompt_ids(sample)
+        ids = prompt + (self.answer_ids(sample) if answer else [])
+        return [Token(i, token_id == self.image_id, i >= len(prompt)) for i, token_id in enumerate(ids)]
+
+    def pictures(self, samples: Sequence[Sample]) -> list[int]:
+        """Return a number for each picture of the samples; the same sample has the same pictures in any batch."""
+        return [
+            31 * sample.prompt[0] + place
+            for sample in samples
+            for place, token in enumerate(sample.prompt)
+            if token == IMAGE and self.has_image
+        ]
+
+    def batch(
+        self, samples: Sequence[Sample], *, side: str = "right", answer: bool = True, more_pads: int = 0
+    ) -> dict[str, Tensor]:
+        """Write samples down as the model's arguments; with `answer`, its labels too."""
+        rows = [self.prompt_ids(s) + (self.answer_ids(s) if answer else []) for s in samples]
+        labels = [[-100] * len(self.prompt_ids(s)) + self.answer_ids(s) for s in samples]
+        width = max(map(len, rows)) + more_pads
+
+        def pad(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+            fills = [[fill] * (width - len(row)) for row in values]
+            pairs = zip(values, fills, strict=True)
+            return torch.tensor([[*f, *row] if side == "left" else [*row, *f] for row, f in pairs])
+
+        made = {"input_ids": pad(rows, PAD), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
+        if answer:
+            made["labels"] = pad(labels, -100)
+        if self.position_ids:
+            made["position_ids"] = (made["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if self.media is not None and (pictures := self.pictures(samples)):
+            made |= self.media(pictures)
+        return made | (self.extra(made) if self.extra is not None else {})
+
+
+def _loud(model: PreTrainedModel) -> PreTrainedModel:
+    """Redraw all weights so that states stay of order one and no gate is shut."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                is_table = any(word in name for word in ("embed", "wte", "wpe"))
+                parameter.copy_(noise * parameter[0].numel() ** (-0.25 if is_table else -0.5))
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def _llama_sizes(**more: Any) -> dict[str, Any]:
+    return {
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+        **{"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None},
+        **more,
+    }
+
+
+def _llama() -> PreTrainedModel:
+    return _loud(LlamaForCausalLM(LlamaConfig(**_llama_sizes())))
+
+
+def _qwen2() -> PreTrainedModel:
+    return _loud(Qwen2ForCausalLM(Qwen2Config(**_llama_sizes())))
+
+
+def _gpt2() -> PreTrainedModel:
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None}
+    return _loud(GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **ids)))
+
+
+def _llava() -> PreTrainedModel:
+    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **vision),
+        text_config=LlamaConfig(**_llama_sizes()),
+        image_token_id=60,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=4,
+    )
+    return _loud(LlavaForConditionalGeneration(config))
+
+
+def _qwen25vl() -> PreTrainedModel:
+    vision = {
+        **{"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32},
+        **{"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        **{"window_size": 56, "fullatt_block_indexes": [1]},
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = Qwen2_5_VLConfig(
+        text_config=_llama_sizes(rope_parameters=rope),
+        vision_config=vision,
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return _loud(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def _demo(folder: str) -> Callable[[], PreTrainedModel]:
+    def build() -> PreTrainedModel:
+        model = LlavaForConditionalGeneration.from_pretrained(ROOT / "assets" / folder)
+        model.generation_config.eos_token_id = None  # the tests count generated tokens
+        return model.eval()
+
+    return build
+
+
+def _noise(picture: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(picture))
+
+
+def _pixels(size: int) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+    return lambda pictures: {"pixel_values": torch.stack([_noise(picture, 3, size, size) for picture in pictures])}
+
+
+def _qwen_patches(pictures: Sequence[int]) -> dict[str, Tensor]:
+    """Pictures of 4 x 4 patches of 2 x 3 x 14 x 14 numbers, merged by fours to 4 tokens."""
+    patches = torch.cat([_noise(picture, 16, 2 * 3 * 14 * 14) for picture in pictures])
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * len(pictures))}
+
+
+def _qwen_token_types(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"mm_token_type_ids": (batch["input_ids"] == 60).long()}
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llama", _llama, text="model.layers"),
+        Family("qwen2", _qwen2, text="model.layers"),
+        Family("gpt2", _gpt2, text="transformer.h", position_ids=True),
+        Family(
+            "llava",
+            _llava,
+            text="model.language_model.layers",
+            vision="model.vision_tower.encoder.layers",
+            media=_pixels(28),
+            image_tokens=(60,) * 4,
+            image_id=60,
+            vision_tokens=5,
+            num_cls=1,
+        ),
+        Family(
+            "qwen2_5_vl",
+            _qwen25vl,
+            text="model.language_model.layers",
+            vision="model.visual.blocks",
+            media=_qwen_patches,
+            image_tokens=(62, 60, 60, 60, 60, 63),
+            image_id=60,
+            vision_tokens=16,
+            packed=True,
+            extra=_qwen_token_types,
+            takes_fullgraph=False,
+        ),
+    )
+}
+
+# Interventions -----------------------------------------------------------------------------------------------------
+
+
+def plain_rotation(a_RD: Tensor) -> Tensor:
+    """Return the orthonormal rows that Gram and Schmidt make of `a_RD`, by torch's Householder QR."""
+    q_DR, r_RR = torch.linalg.qr(a_RD.T)
+    return (q_DR * r_RR.diagonal().sign()).T
+
+
+def _plain_loreft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    r = plain_rotation(p["rotation"])
+    return h + (h @ p["weight"].T + p["bias"] - h @ r.T) @ r
+
+
+def _plain_direft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    return h + (h @ p["weight"].T + p["bias"]) @ plain_rotation(p["rotation"])
+
+
+def _plain_noreft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    v = p["projection"]
+    return h + (h @ p["weight"].T + p["bias"] - h @ v.T) @ v
+
+
+def _plain_nodireft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    return h + (h @ p["weight"].T + p["bias"]) @ p["projection"]
+
+
+def _plain_consreft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    r = plain_rotation(p["rotation"])
+    return h + (p["bias"] - h @ r.T) @ r
+
+
+def _plain_lobireft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    return h + p["bias"] @ plain_rotation(p["rotation"])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: a method's config fields, what it computes in plain words, and whether it can start as the identity."""
+
+    plain: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    has_identity: bool = True
+
+
+INTERVENTIONS: dict[str, Method] = {
+    "loreft": Method(_plain_loreft, {"rank": 3}),
+    "direft": Method(_plain_direft, {"rank": 3}),
+    "noreft": Method(_plain_noreft, {"rank": 3}),
+    "nodireft": Method(_plain_nodireft, {"rank": 3}),
+    "consreft": Method(_plain_consreft, {"rank": 3, "init": "reference"}, has_identity=False),
+    "lobireft": Method(_plain_lobireft, {"rank": 3}),
+    "red": Method(lambda h, p: p["gain"] * h + p["bias"]),
+    "vector": Method(lambda h, p: h + p["vector"]),
+}
+IDENTITIES = [name for name, method in INTERVENTIONS.items() if method.has_identity]
+
+
+def intervention(method: str, **fields: Any) -> vlreft.Intervention:
+    """Make an `Intervention` of a method, with the fields that its row needs."""
+    return vlreft.Intervention(method, **{**INTERVENTIONS[method].fields, **fields})
+
+
+def shake(reft: vlreft.Reft, seed: int = 3) -> vlreft.Reft:
+    """Move all parameters off their start, so that edits are heard."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in reft.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return reft
+
+
+# Positions ---------------------------------------------------------------------------------------------------------
+
+# Each select of the library, by its class's name, with strings that use it.
+SELECTS: dict[str, tuple[str, ...]] = {
+    "All": ("all",),
+    "First": ("f1", "f4"),
+    "Last": ("l1", "l4"),
+    "Uniform": ("uniform3",),
+    "Slice": ("[1:3]", "[-2:]"),
+}
+TEXT_POSITIONS = (
+    *(select for selects in SELECTS.values() for select in selects),
+    *("prompt", "text:f3+l2", "question:f4+l4", "f1+l1", "response", "response:f2"),
+)
+IMAGE_POSITIONS = ("image", "image:f2+l1", "image:uniform2", "text:[1:3]+l1")
+VISION_POSITIONS = ("patches", "all")
+DENSE_VISION_POSITIONS = ("patches:f1+l2", "patches:uniform2", "f2")
+CLASS_POSITIONS = ("cls",)
+
+
+def selectors(family: Family, site: str) -> tuple[str, ...]:
+    """Return the position strings to try at a site of a family."""
+    if site == "text":
+        return TEXT_POSITIONS + (IMAGE_POSITIONS if family.has_image else ())
+    if site == "connector":
+        return ("image", "image:f1+l1")
+    more = () if family.packed else DENSE_VISION_POSITIONS + (CLASS_POSITIONS if family.num_cls else ())
+    return VISION_POSITIONS + more
+
+
+def plain_positions(text: str, row: Sequence[Token]) -> list[int]:
+    """Return the indices that a position string selects of a row, by list comprehensions."""
+    segment, _, selects = text.partition(":") if re.match(r"[a-z]+:", text) else ("", "", text)
+    if text in ("prompt", "text", "image", "question", "response"):
+        segment, selects = text, "all"
+    prompt = [token for token in row if not token.is_answer]
+    last_image = max((token.index for token in prompt if token.is_image), default=-1)
+    members = {
+        "prompt": prompt,
+        "text": [token for token in prompt if not token.is_image],
+        "image": [token for token in prompt if token.is_image],
+        "question": [token for token in prompt if not token.is_image and token.index > last_image],
+        "response": [token for token in row if token.is_answer],
+    }[segment or "prompt"]
+    indices = [token.index for token in members]
+    return sorted({indices[rank] for rank in _plain_ranks(selects.split("+"), len(indices))})
+
+
+def plain_tower_positions(text: str, num_tokens: int, num_cls: int) -> list[int]:
+    """Return the indices that a position string selects of one picture's tokens in a tower."""
+    segment, _, selects = text.partition(":") if re.match(r"[a-z]+:", text) else ("", "", text)
+    if text in ("cls", "patches"):
+        segment, selects = text, "all"
+    everything = list(range(num_tokens))
+    members = {"cls": everything[:num_cls], "patches": everything[num_cls:], "": everything}[segment]
+    return sorted({members[rank] for rank in _plain_ranks(selects.split("+"), len(members))})
+
+
+def _plain_ranks(selects: Sequence[str], count: int) -> list[int]:
+    everything, picked = list(range(count)), []
+    is_shared = {select[0] for select in selects} >= {"f", "l"}
+    for select in selects:
+        if select == "all":
+            picked += everything
+        elif select.startswith("uniform"):
+            num = int(select[len("uniform") :])
+            picked += [math.floor((i + 0.5) * count / num) for i in range(num)] if count else []
+        elif select.startswith("["):
+            start, stop = (int(bound) if bound else None for bound in select[1:-1].split(":"))
+            picked += everything[start:stop]
+        else:
+            num, is_first = int(select[1:]), select[0] == "f"
+            if is_shared:
+                num = min(num, count // 2 if is_first else math.ceil(count / 2))
+            picked += everything[:num] if is_first else everything[max(0, count - num) :]
+    return picked
+
+
+# Watching ----------------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Record what one block's edit is given and what it makes of it, in every forward inside `with`.
+
+    before: the states as the block (or, of a connector, what feeds block 0) made them. after: what goes on. kept: copies
+    of `before` taken before the edit could write into it.
+    """
+
+    def __init__(self, block: torch.nn.Module, *, of_input: bool = False) -> None:
+        """Choose a block; `with` starts to record. Make it after `attach`: its first hook has to come first."""
+        self.block, self.of_input = block, of_input
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
+        self.kept: list[Tensor] = []
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "Spy":
+        """Hook the block on both sides of the library's hook."""
+
+        def first(_module: object, args: Any, output: Any = None) -> None:
+            self.before.append(self._state(args, output))
+            self.kept.append(self.before[-1].detach().clone())
+
+        def last(_module: object, args: Any, output: Any = None) -> None:
+            self.after.append(self._state(args, output))
+
+        register = self.block.register_forward_pre_hook if self.of_input else self.block.register_forward_hook
+        self.handles = [register(first, prepend=True), register(last)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unhook."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _state(self, args: Any, output: Any) -> Tensor:
+        value = args if self.of_input else output
+        return value[0] if isinstance(value, tuple | list) else value
+
+    def edited(self, call: int = 0) -> Tensor:
+        """Return mask_BT (mask_T of a packed tower): where a call's states were changed in any number."""
+        return (self.before[call] != self.after[call]).any(-1)
+
+
+def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the mean cross entropy of the labelled tokens, written out."""
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)

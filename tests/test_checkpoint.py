@@ -54,7 +54,11 @@ def assert_same_numbers(reft, saved):
         (llama, text_batch, one_of_each(positions="f2+l2")),
         (llama, text_batch, [vlreft.Intervention("loreft", positions="[1:-1]", rank=3, tied=True, layers=-1, scale=2)]),
         (llava, image_batch, one_of_each(site="vision", positions="patches", layers=[0, 2])),
-        (llava, image_batch, [*one_of_each(site="connector", positions="image:f1+l2"), *one_of_each(positions="question")]),
+        (
+            llava,
+            image_batch,
+            [*one_of_each(site="connector", positions="image:f1+l2"), *one_of_each(positions="question")],
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -170,32 +174,47 @@ def set_base(**changes):
 
 NOT_A_CONFIG = r"reft_config.json is not a vlreft config: .*"
 BROKEN = {
-    "no config": (lambda folder: (folder / CONFIG_NAME).unlink(), "no vlreft checkpoint in .*: there is no reft_config.json"),
-    "no weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), "no weights in .*: there is no reft_model.safetensors"),
+    "no config": (
+        lambda folder: (folder / CONFIG_NAME).unlink(),
+        "no vlreft checkpoint in .*: there is no reft_config.json",
+    ),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS_NAME).unlink(),
+        "no weights in .*: there is no reft_model.safetensors",
+    ),
     "empty config": (put(CONFIG_NAME, b""), "reft_config.json is not JSON"),
     "broken JSON": (put(CONFIG_NAME, b'{"format_version": 1, "interv'), "reft_config.json is not JSON"),
     "not UTF-8": (put(CONFIG_NAME, b'{"a": "\xff"}'), "reft_config.json is not JSON"),
     "nested too deep": (put(CONFIG_NAME, b"[" * 200_000), "reft_config.json is not JSON"),
     "JSON of a list": (put(CONFIG_NAME, b"[1]"), "reft_config.json must hold a JSON object, got list"),
-    "unknown version": (edit_json(lambda data: data.update(format_version=2)), NOT_A_CONFIG + r"`format_version` \(=2\) is not 1"),
+    "unknown version": (
+        edit_json(lambda data: data.update(format_version=2)),
+        NOT_A_CONFIG + r"`format_version` \(=2\) is not 1",
+    ),
     "surplus key": (edit_json(lambda data: data.update(more=2)), NOT_A_CONFIG + "more"),
     "no interventions": (edit_json(lambda data: data.pop("interventions")), NOT_A_CONFIG + "'interventions'"),
     "surplus field": (set_item(more=1), NOT_A_CONFIG + "intervention 0 .*more"),
-    "unknown method": (set_item(method="os.system"), NOT_A_CONFIG + r"`method` \(='os.system'\) must be one of 'loreft'"),
+    "unknown method": (
+        set_item(method="os.system"),
+        NOT_A_CONFIG + r"`method` \(='os.system'\) must be one of 'loreft'",
+    ),
     "position typo": (set_item(positions="f2+g2"), "(?s)" + NOT_A_CONFIG + r"character 4\)\n    f2\+g2\n       \^\n"),
     "no rank": (set_item(rank=None), NOT_A_CONFIG + "method 'loreft' needs a `rank`"),
     "rank above the width": (set_item(rank=17), r"`rank` \(=17\) must be at most the hidden size \(=16\)"),
     "layer out of range": (set_item(layers=[0, 3]), "layer 3 is out of range: site 'text' has 3 layers, 0 to 2"),
     "no such site": (set_item(site="vision"), "LlamaForCausalLM has no site 'vision' .*it has 'text'"),
     "no base": (edit_json(lambda data: data.pop("base")), "reft_config.json does not say which base it is for"),
-    "base of a list": (edit_json(lambda data: data.update(base=[1])), "reft_config.json does not say which base it is for"),
+    "base of a list": (
+        edit_json(lambda data: data.update(base=[1])),
+        "reft_config.json does not say which base it is for",
+    ),
     "base without sites": (edit_json(lambda data: data["base"].pop("sites")), NOT_A_CONFIG + "sites"),
     "base with more": (set_base(more=1), NOT_A_CONFIG + "more"),
     "base with bad sites": (set_base(sites=[3]), NOT_A_CONFIG + "'base'"),
     "base with a bad site": (set_base(sites={"text": [3]}), NOT_A_CONFIG + "'base'"),
     "base with a bad name": (set_base(model_type=3), NOT_A_CONFIG + "'base'"),
     "missing tensor": (edit_tensors(lambda t, name: t.pop(name)), r"missing \['0:text:1:f2.weight'\]$"),
-    "surplus tensor": (edit_tensors(lambda t, name: t.update(more=torch.ones(1))), r"surplus \['more'\]$"),
+    "surplus tensor": (edit_tensors(lambda t, _: t.update(more=torch.ones(1))), r"surplus \['more'\]$"),
     "renamed tensor": (
         edit_tensors(lambda t, name: t.update(other=t.pop(name))),
         r"missing \['0:text:1:f2.weight'\]; surplus \['other'\]$",
@@ -204,7 +223,10 @@ BROKEN = {
         edit_tensors(lambda t, name: t.update({name: t[name].mT.contiguous()})),
         r"'0:text:1:f2.weight' has shape \(16, 2\) in the file and \(2, 16\) by its config$",
     ),
-    "half precision": (retype(torch.float16), "'0:text:1:f2.weight' is torch.float16 in the file, it must be torch.float32"),
+    "half precision": (
+        retype(torch.float16),
+        "'0:text:1:f2.weight' is torch.float16 in the file, it must be torch.float32",
+    ),
     "double precision": (retype(torch.float64), "is torch.float64 in the file, it must be torch.float32"),
     "whole numbers": (retype(torch.int32), "is torch.int32 in the file, it must be torch.float32"),
     "empty weights": (cut(0), "reft_model.safetensors is not a whole safetensors file"),
@@ -214,7 +236,7 @@ BROKEN = {
     "weights cut by a byte": (cut(-1), "reft_model.safetensors is not a whole safetensors file"),
     "a pickle": (put(WEIGHTS_NAME, pickle.dumps({"a": 1})), "reft_model.safetensors is not a whole safetensors file"),
     "a text": (put(WEIGHTS_NAME, b"version https://example.invalid/lfs\n"), "is not a whole safetensors file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -232,7 +254,9 @@ def test_a_broken_checkpoint_is_one_clear_error(name, tmp_path):
 def test_all_problems_of_the_tensors_are_named_at_once(tmp_path):
     save(tmp_path)
     edit_tensors(lambda t, name: t.update({"more": t.pop(name), "0:text:0:l2.bias": torch.ones(3)}))(tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit its config: missing .*; surplus .*; '0:text:0:l2.bias' has shape"):
+    with pytest.raises(
+        ValueError, match=r"does not fit its config: missing .*; surplus .*; '0:text:0:l2.bias' has shape"
+    ):
         vlreft.load(shared_llama(), tmp_path)
 
 
@@ -279,7 +303,7 @@ def test_a_name_in_use(tmp_path):
     save(tmp_path)
     model = llama()
     first = shake(vlreft.attach(model, CONFIG))
-    with untouched(model), pytest.raises(ValueError, match="named 'default' are attached already; .*another `name`"):
+    with untouched(model), pytest.raises(ValueError, match=r"named 'default' are attached already; .*another `name`"):
         vlreft.load(model, tmp_path)
     assert first.is_attached
     assert vlreft.load(model, tmp_path, name="second").is_attached
@@ -300,7 +324,9 @@ def fail_at(call, function):
     return failing
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), [(os, "fsync", 0), (os, "fsync", 1), (os, "fsync", 2), (Path, "replace", 0)])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [(os, "fsync", 0), (os, "fsync", 1), (os, "fsync", 2), (Path, "replace", 0)]
+)
 @pytest.mark.parametrize("make", [shared_llama, shared_llava])
 def test_a_failing_write_leaves_the_last_good_checkpoint(make, owner, name, call, tmp_path, monkeypatch):
     saved = save(tmp_path, make())

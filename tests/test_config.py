@@ -44,7 +44,8 @@ def test_json_round_trip(name):
 def test_every_setting_counts_for_equality(name):
     item = make(name)
     changes = {
-        "site": "elsewhere", "layers": (7,), "positions": "text:f9", "tied": not item.tied, "dropout": 0.5, "scale": 3.0,
+        "site": "elsewhere", "layers": (7,), "positions": "text:f9", "tied": not item.tied, "dropout": 0.5,
+        "scale": 3.0,
     }  # fmt: skip
     for field, value in changes.items():
         assert dataclasses.replace(item, **{field: value}) != item
@@ -103,7 +104,11 @@ BAD = [
     ({"method": INTERVENTIONS["loreft"], "rank": 4}, ValueError, r"`method` .* must be one of 'loreft'"),
     ({**LOREFT, "init": "zero"}, ValueError, r"`init` \(='zero'\) must be one of 'identity', 'reference'"),
     ({**LOREFT, "init": {}}, ValueError, r"`init` \(=\{\}\) must be one of 'identity', 'reference'"),
-    ({**LOREFT, "activation": "swish"}, ValueError, r"`activation` \(='swish'\) must be one of 'relu', 'gelu', 'silu', 'tanh'"),
+    (
+        {**LOREFT, "activation": "swish"},
+        ValueError,
+        r"`activation` \(='swish'\) must be one of 'relu', 'gelu', 'silu', 'tanh'",
+    ),
     ({**LOREFT, "activation": torch.relu}, ValueError, "`activation` .* must be one of 'relu'"),
     ({**LOREFT, "site": 3}, TypeError, "`site` must be a string, got 3"),
     ({**LOREFT, "tied": 1}, TypeError, "`tied` must be True or False, got 1"),
@@ -125,7 +130,7 @@ BAD = [
     ({**LOREFT, "layers": torch.arange(2)}, TypeError, "`layers` must be 'all', a number or a list of numbers"),
     ({**LOREFT, "layers": np.arange(2)}, TypeError, "`layers` must be 'all', a number or a list of numbers"),
     ({**LOREFT, "layers": [1, 2, 1]}, ValueError, r"`layers` \(=\[1, 2, 1\]\) names a layer twice"),
-    ({**LOREFT, "positions": "f4+g4"}, ValueError, r"(?s)`positions` 'f4\+g4': .*\(character 4\)\n    f4\+g4\n       \^\nexpected"),
+    ({**LOREFT, "positions": "f4+g4"}, ValueError, r"(?s)'f4\+g4': .*\(character 4\)\n    f4\+g4\n       \^\nexpected"),
     ({**LOREFT, "positions": ["f4", "l4"]}, TypeError, "`positions` must be a string such as 'question:f4"),
     ({**LOREFT, "positions": None}, TypeError, "`positions` must be a string such as 'question:f4"),
     ({"method": "loreft"}, ValueError, "method 'loreft' needs a `rank`, e.g. rank=4"),
@@ -135,11 +140,23 @@ BAD = [
     ({**LOREFT, "rank": "4"}, TypeError, "`rank` must be a whole number, got '4'"),
     ({**LOREFT, "rank": True}, TypeError, "`rank` must be a whole number, got True"),
     ({"method": "red", "rank": 4}, ValueError, r"method 'red' has no rank; leave `rank` \(=4\) out"),
-    ({"method": "vector", "activation": "relu"}, ValueError, r"'vector' has no source to put `activation` \(='relu'\) on"),
+    (
+        {"method": "vector", "activation": "relu"},
+        ValueError,
+        r"'vector' has no source to put `activation` \(='relu'\) on",
+    ),
     ({"method": "consreft", "rank": 2}, ValueError, "'consreft' has no identity start; write init='reference'"),
-    ({**LOREFT, "activation": "relu"}, ValueError, "'relu' has no identity start; write init='reference' or leave `activation` out"),
-    ({"method": "noreft", "rank": 2, "activation": "tanh"}, ValueError, "'tanh' has no identity start; write init='reference'"),
-]  # fmt: skip
+    (
+        {**LOREFT, "activation": "relu"},
+        ValueError,
+        "'relu' has no identity start; write init='reference' or leave `activation` out",
+    ),
+    (
+        {"method": "noreft", "rank": 2, "activation": "tanh"},
+        ValueError,
+        "'tanh' has no identity start; write init='reference'",
+    ),
+]
 
 
 @pytest.mark.parametrize(("settings", "error", "text"), BAD)

@@ -48,7 +48,9 @@ BASES = {
         )
     ),
     "Phi-2": lambda: PhiForCausalLM(
-        PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32, vocab_size=51200)
+        PhiConfig(
+            vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32
+        )
     ),
     "RoBERTa-base": lambda: RobertaModel(
         RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1), add_pooling_layer=False
@@ -188,7 +190,9 @@ def test_counts(name, capsys):
 def test_groups_are_parts_not_positions(positions, tied, groups):
     """An intervention for each of 14 positions would be 29.4M numbers on LLaMA-7B, which the paper's counts exclude."""
     model = base("LLaMA-7B")
-    reft = vlreft.attach(model, vlreft.ReftConfig(vlreft.Intervention("loreft", rank=8, positions=positions, tied=tied)))
+    reft = vlreft.attach(
+        model, vlreft.ReftConfig(vlreft.Intervention("loreft", rank=8, positions=positions, tied=tied))
+    )
     reft.detach()
     assert len(reft.edits) == 32 * groups
     assert reft.num_parameters() == groups * 2_097_408

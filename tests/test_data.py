@@ -218,7 +218,7 @@ def test_an_answer_on_a_new_line_is_no_word_after_a_blank():
     tokenizer = pad_is_eos_tokenizer()
     batch = Collator(tokenizer, prompt_format="{question}\n")([{"question": "is it?", "answer": "yes"}])
     assert real(batch, 0)[:-1] == tokenizer("is it?\nyes")["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(answer_ids(batch, 0)) != tokenizer.tokenize("yes") + ["</s>"]
+    assert tokenizer.convert_ids_to_tokens(answer_ids(batch, 0)) != [*tokenizer.tokenize("yes"), "</s>"]
 
 
 def test_the_answer_never_merges_into_the_prompt():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 from zoo import FAMILIES, PAD, SAMPLES, TEXT_ONLY, Family, Sample, Spy, intervention, plain_positions
 
 import vlreft
@@ -149,7 +149,10 @@ def test_sampled_sequences_come_from_the_forwards_logits(family, positions, atta
 @pytest.mark.parametrize("sample", [0, 1, 2])
 @pytest.mark.parametrize(
     ("family", "how"),
-    [*((family, "prompt lookup") for family in ROWS), *((family, "assistant") for family in ROWS if not family.has_image)],
+    [
+        *((family, "prompt lookup") for family in ROWS),
+        *((family, "assistant") for family in ROWS if not family.has_image),
+    ],
     ids=str,
 )
 def test_assisted_decoding_changes_nothing(family, sample, positions, how, attached, lend):
@@ -161,6 +164,24 @@ def test_assisted_decoding_changes_nothing(family, sample, positions, how, attac
     batch = family.batch([SAMPLES[sample]], answer=False)
     got = model.generate(**batch, **family.generation(8, **helps))
     assert got[0, -8:].tolist() == wanted
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "response:f2"])
+@pytest.mark.parametrize(
+    "family", [FAMILIES["llama"], pytest.param(FAMILIES["llava"], marks=pytest.mark.slow)], ids=str
+)
+def test_compiled_decoding_agrees(family, positions, attached, lend):
+    """With a static cache `generate` compiles its decode steps on an accelerator; here it is made to on the CPU."""
+    model, _ = attached(family, *items(family, positions), model=copy.deepcopy(lend(family)))
+    wanted = generate(family, model, SAMPLES, cache_implementation="static")
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    got = generate(family, model, SAMPLES, cache_implementation="static", compile_config=compile_config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, torch._dynamo.utils.counters
+    assert got.sequences.equal(wanted.sequences)
+    for a, b in zip(got.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 # Which tokens ------------------------------------------------------------------------------------------------------
@@ -317,9 +338,10 @@ def split(batch: Mapping[str, Tensor], at: int) -> tuple[dict[str, Tensor], dict
     return first, second | {"attention_mask": batch["attention_mask"]}
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("positions", ["f2+l2", "question:l1", "response:f2"])
 @pytest.mark.parametrize("family", [row for row in ROWS if row.name != "qwen2_5_vl"], ids=str)
-def test_a_continued_cache_needs_to_be_told_the_prompt(family, positions, attached):
+def test_a_continued_cache_needs_to_be_told_the_prompt(family, positions, kind, attached):
     model, reft = attached(family, *items(family, positions))
     sample = SAMPLES[0]
     batch = family.batch([sample])
@@ -330,7 +352,12 @@ def test_a_continued_cache_needs_to_be_told_the_prompt(family, positions, attach
         ids, mask = (batch[name][:, :num_prompt] for name in ("input_ids", "attention_mask"))
         for at in (num_prompt - 2, num_prompt, num_prompt + 1):
             first, second = split(batch, at)
-            cache = DynamicCache(config=model.config.get_text_config())
+            config = model.config.get_text_config()
+            cache = (
+                DynamicCache(config=config)
+                if kind == "dynamic"
+                else StaticCache(config, max_cache_len=2 * labels.shape[1])
+            )
             with reft.prompt(ids, mask):
                 before = model(**first, past_key_values=cache).logits
                 after = model(**second, past_key_values=cache).logits

@@ -273,13 +273,15 @@ def test_defect_14_each_row_gets_its_own_edit_whatever_the_batch(attached):
             model(**LLAMA.batch((*TEXT_ONLY, TEXT_ONLY[0]), answer=False))
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
+)
 def test_defect_15_beams_and_several_sequences_need_no_help(options, attached):
     """Beam search and several sequences failed for batches unless locations were repeated by hand."""
     model, _ = attached("llama", loreft(positions="f1+l1"))
     batch = LLAMA.batch(TEXT_ONLY, side="left", answer=False)
     with Spy(LLAMA.blocks(model, "text")[1]) as spy:
-        output = model.generate(**batch, **{**LLAMA.generation(), **options})
+        output = model.generate(**batch, **{**LLAMA.generation(num_return_sequences=2), **options})
     assert output.shape[0] == 4
     copies = options.get("num_beams", 2)
     assert edited_places(spy) == [[2, 5]] * copies + [[0, 5]] * copies
@@ -428,7 +430,11 @@ def test_defect_24_trainer_trains_and_evaluates_a_classifier(tmp_path, lend):
     reft = vlreft.attach(model, vlreft.ReftConfig(loreft(positions="l1")))
     before = numbers(reft)
     rows = [
-        {"input_ids": torch.tensor([5, 6, 7, number]), "attention_mask": torch.ones(4, dtype=torch.long), "labels": number % 2}
+        {
+            "input_ids": torch.tensor([5, 6, 7, number]),
+            "attention_mask": torch.ones(4, dtype=torch.long),
+            "labels": number % 2,
+        }
         for number in range(8, 12)
     ]
     settings = arguments(tmp_path, gradient_accumulation_steps=2, remove_unused_columns=False)
@@ -472,7 +478,9 @@ def test_defect_27_training_and_generation_edit_the_same_tokens_and_see_pictures
     with torch.no_grad(), Spy(LLAVA.blocks(model, "text")[1]) as spy:
         loss = model(**batch).loss
         model.generate(**LLAVA.batch([sample], answer=False), **LLAVA.generation(2))
-        assert edited_places(spy, 0) == edited_places(spy, 1) == [plain_positions("question:f1+l1", LLAVA.tokens(sample))]
+        assert (
+            edited_places(spy, 0) == edited_places(spy, 1) == [plain_positions("question:f1+l1", LLAVA.tokens(sample))]
+        )
         assert not model(**other).loss.equal(loss)
         with reft.disabled():
             assert not model(**batch).loss.equal(loss)
@@ -513,7 +521,11 @@ def test_defect_29_edit_reads_the_state_and_misfits_are_errors(attached):
 def test_defect_30_every_field_is_saved(method, attached, tmp_path):
     """A switch that was no field was lost in saving, and the reloaded adapter was of another kind, with no error."""
     can_act = LIBRARY_INTERVENTIONS[method].uses_activation
-    special = {"init": "reference", "activation": "tanh"} if can_act else {"init": INTERVENTIONS[method].fields.get("init", "identity")}
+    special = (
+        {"init": "reference", "activation": "tanh"}
+        if can_act
+        else {"init": INTERVENTIONS[method].fields.get("init", "identity")}
+    )
     item = intervention(method, positions="prompt:f1+l1", tied=True, dropout=0.25, scale=0.5, layers=(0, 2), **special)
     defaults = vlreft.Intervention("loreft", rank=1)
     unlike = {name for name, value in vars(item).items() if value != getattr(defaults, name)}
@@ -535,7 +547,11 @@ def test_defect_31_loading_runs_no_code_from_the_file(attached, lend, tmp_path, 
     _, reft = attached("llama", loreft())
     reft.save_pretrained(tmp_path)
     reft.detach()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "reft_config.json", "reft_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "reft_config.json",
+        "reft_model.safetensors",
+    ]
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a pickle was read")

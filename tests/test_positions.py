@@ -101,9 +101,7 @@ def random_slice(rng):
 def random_positions(rng, segment):
     kinds = rng.sample(["f", "l", "all", "uniform", "slice", "slice"], rng.randint(1, 3))
     spell = {"all": "all", "f": f"f{rng.randint(1, 7)}", "l": f"l{rng.randint(1, 7)}"}
-    parts = [
-        random_slice(rng) if kind == "slice" else spell.get(kind, f"uniform{rng.randint(1, 9)}") for kind in kinds
-    ]
+    parts = [random_slice(rng) if kind == "slice" else spell.get(kind, f"uniform{rng.randint(1, 9)}") for kind in kinds]
     return rng.choice([segment, *[f"{segment}:{'+'.join(parts)}"] * 9])
 
 
@@ -173,7 +171,9 @@ def test_a_bare_segment_is_all_of_it_and_no_segment_is_the_prompt():
     assert resolved(rows, "f2+l1") == resolved(rows, "prompt:f2+l1")
 
 
-@pytest.mark.parametrize("text", ["f4+l4", "question:l2+uniform3+[1:-1]", "image", "image:all", "[:3]", "response:[1:4]+all"])
+@pytest.mark.parametrize(
+    "text", ["f4+l4", "question:l2+uniform3+[1:-1]", "image", "image:all", "[:3]", "response:[1:4]+all"]
+)
 def test_parts_spell_the_selects(text):
     positions = parse_positions(text)
     again = [parse_positions(part).selects[0] for part in positions.parts]
@@ -324,7 +324,9 @@ def test_the_caret_points_at_the_typo(text, place):
     assert expected.startswith("expected: ")
 
 
-@pytest.mark.parametrize(("text", "offer"), [("questoin:f4", "question"), ("f4+g4", "lN"), ("foo", "a segment: prompt")])
+@pytest.mark.parametrize(
+    ("text", "offer"), [("questoin:f4", "question"), ("f4+g4", "lN"), ("foo", "a segment: prompt")]
+)
 def test_the_error_says_what_is_expected(text, offer):
     with pytest.raises(ValueError, match=f"expected: .*{offer}"):
         parse_positions(text)
@@ -348,7 +350,27 @@ def test_other_types_are_refused(value):
 
 def test_garbage_parses_or_is_a_value_error():
     rng = random.Random(0)
-    pieces = [*SEGMENTS, "f4", "l2", "uniform9", "all", "[2:-1]", ":", "+", " ", "\n", "0", "-", "[", "]", "²", "é", "_", "f", "9" * 30]
+    pieces = [
+        *SEGMENTS,
+        "f4",
+        "l2",
+        "uniform9",
+        "all",
+        "[2:-1]",
+        ":",
+        "+",
+        " ",
+        "\n",
+        "0",
+        "-",
+        "[",
+        "]",
+        "²",
+        "é",
+        "_",
+        "f",
+        "9" * 30,
+    ]
     layout, outcomes = layout_of(["..tiittaaj", "tttttttttt"]), {True: 0, False: 0}
     for _ in range(1000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 5)))

@@ -27,9 +27,21 @@ GOOD = vlreft.ReftConfig(item())
 
 # model, settings of the intervention, text of the error
 REFUSED = [
-    (shared_llama, {"rank": 17}, r"`rank` \(=17\) must be at most the hidden size \(=16\) of site 'text' layer 0; lower `rank`"),
-    (shared_llava, {"rank": 25, "site": "vision", "positions": "patches"}, r"`rank` \(=25\) .*\(=24\) of site 'vision'"),
-    (shared_llava, {"rank": 17, "site": "connector", "positions": "image"}, r"`rank` \(=17\) .*\(=16\) of site 'connector'"),
+    (
+        shared_llama,
+        {"rank": 17},
+        r"`rank` \(=17\) must be at most the hidden size \(=16\) of site 'text' layer 0; lower `rank`",
+    ),
+    (
+        shared_llava,
+        {"rank": 25, "site": "vision", "positions": "patches"},
+        r"`rank` \(=25\) .*\(=24\) of site 'vision'",
+    ),
+    (
+        shared_llava,
+        {"rank": 17, "site": "connector", "positions": "image"},
+        r"`rank` \(=17\) .*\(=16\) of site 'connector'",
+    ),
     (shared_llama, {"layers": 3}, "layer 3 is out of range: site 'text' has 3 layers, 0 to 2"),
     (shared_llama, {"layers": [0, -4]}, "layer -4 is out of range: site 'text' has 3 layers, 0 to 2"),
     (shared_llama, {"layers": [2, -1]}, r"`layers` \(=\[2, -1\]\) names a layer of site 'text' twice"),
@@ -37,17 +49,44 @@ REFUSED = [
     (shared_llava, {"site": "connector", "positions": "image", "layers": 1}, "site 'connector' has 1 layer, 0 to 0"),
     (shared_llama, {"site": "vision"}, r"LlamaForCausalLM has no site 'vision' \(no vision stack .*\); it has 'text'$"),
     (shared_llama, {"site": "connector"}, r"LlamaForCausalLM has no site 'connector' \(.*\); it has 'text'$"),
-    (shared_llava, {"site": "audio"}, "LlavaForConditionalGeneration has no site 'audio'; it has 'text', 'vision', 'connector'$"),
-    (shared_llama, {"positions": "image:f1"}, r"'image:f1': site 'text' .*no segment 'image' \(the model is text-only\); it has 'prompt'"),
-    (shared_llama, {"positions": "patches"}, r"no segment 'patches' \(the model is text-only\); it has 'prompt', 'text'"),
-    (shared_llava, {"positions": "cls"}, r"site 'text' .*no segment 'cls'; it has 'prompt', 'text', 'question', 'response', 'image'$"),
+    (
+        shared_llava,
+        {"site": "audio"},
+        "LlavaForConditionalGeneration has no site 'audio'; it has 'text', 'vision', 'connector'$",
+    ),
+    (
+        shared_llama,
+        {"positions": "image:f1"},
+        r"'image:f1': site 'text' .*no segment 'image' \(the model is text-only\); it has 'prompt'",
+    ),
+    (
+        shared_llama,
+        {"positions": "patches"},
+        r"no segment 'patches' \(the model is text-only\); it has 'prompt', 'text'",
+    ),
+    (
+        shared_llava,
+        {"positions": "cls"},
+        r"site 'text' .*no segment 'cls'; it has 'prompt', 'text', 'question', 'response', 'image'$",
+    ),
     (shared_llava, {"positions": "eos"}, r"site 'text' .*no segment 'eos'; it has"),
-    (shared_llava, {"site": "vision", "positions": "image"}, "site 'vision' .*no segment 'image'; it has 'prompt', 'patches', 'cls'$"),
+    (
+        shared_llava,
+        {"site": "vision", "positions": "image"},
+        "site 'vision' .*no segment 'image'; it has 'prompt', 'patches', 'cls'$",
+    ),
     (shared_llava, {"site": "connector", "positions": "l1"}, "site 'connector' .*no segment 'prompt'; it has 'image'$"),
-    (shared_llava, {"site": "vision", "positions": "patches", "layers": 3}, "layer 3 .*can never matter: .*reads the output of layer 2 "
-        r"\(vision_feature_layer=-2\); use layers 0 to 2$"),
-    (shared_llava, {"site": "vision", "positions": "patches", "layers": [0, -1]}, "layer -1 of site 'vision' can never matter"),
-]  # fmt: skip
+    (
+        shared_llava,
+        {"site": "vision", "positions": "patches", "layers": 3},
+        r"layer 3 .*can never matter: .*reads the output of layer 2 \(vision_feature_layer=-2\); use layers 0 to 2$",
+    ),
+    (
+        shared_llava,
+        {"site": "vision", "positions": "patches", "layers": [0, -1]},
+        "layer -1 of site 'vision' can never matter",
+    ),
+]
 
 
 @pytest.mark.parametrize(("make", "settings", "text"), REFUSED)
@@ -58,10 +97,29 @@ def test_attach_refuses(make, settings, text):
         vlreft.attach(model, config)
 
 
-@pytest.mark.parametrize("name", ["", "1a", "a.b", "a b", "a\n", "é", 3, None, "keys", "forward", "training", "_modules", "runtime", "refts", "was_trainable"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "1a",
+        "a.b",
+        "a b",
+        "a\n",
+        "é",
+        3,
+        None,
+        "keys",
+        "forward",
+        "training",
+        "_modules",
+        "runtime",
+        "refts",
+        "was_trainable",
+    ],
+)
 def test_bad_names(name):
     model = shared_llama()
-    with untouched(model), pytest.raises(ValueError, match="`name` .* must be letters, digits, '_' and '-'"):
+    with untouched(model), pytest.raises(ValueError, match=r"`name` .* must be letters, digits, '_' and '-'"):
         vlreft.attach(model, GOOD, name)
 
 
@@ -75,7 +133,7 @@ def test_good_names(name):
 @pytest.mark.parametrize("config", [None, item(), [item()], GOOD.to_dict(), "f4+l4"])
 def test_other_configs(config):
     model = shared_llama()
-    with untouched(model), pytest.raises(TypeError, match="`config` must be a vlreft.ReftConfig, got"):
+    with untouched(model), pytest.raises(TypeError, match=r"`config` must be a vlreft\.ReftConfig, got"):
         vlreft.attach(model, config)
 
 
@@ -105,7 +163,10 @@ def test_attaching_twice_under_one_name():
     model = llama()
     reft = shake(vlreft.attach(model, GOOD, "mine"))
     logits = model(**text_batch()).logits
-    with untouched(model), pytest.raises(ValueError, match="'mine' are attached already; detach them or choose another `name`"):
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match="'mine' are attached already; detach them or choose another `name`"),
+    ):
         vlreft.attach(model, vlreft.ReftConfig(item(rank=3)), "mine")
     assert reft.is_attached
     assert torch.equal(model(**text_batch()).logits, logits)
@@ -137,15 +198,33 @@ def labels(*rows):
 
 
 REFUSED_BATCHES = {
-    "no labels": ({"input_ids": torch.full((1, 4), 3)}, "positions 'l1' need to know where the prompt ends.* neither `labels` nor a `prompt_mask`"),
-    "all masked": (labels([-100, -100, 5], [-100] * 3), "row 1 of the batch has no labelled token: every label is -100"),
-    "two answers": (labels([-100, 5, -100, 5]), "row 0 of the batch has 2 separate answers: .*give each answer a row of its own"),
-    "answer first": (labels([-100, 5], [5, 5]), "row 1 of the batch has no prompt token: its labels start at the first token"),
+    "no labels": (
+        {"input_ids": torch.full((1, 4), 3)},
+        "positions 'l1' need to know where the prompt ends.* neither `labels` nor a `prompt_mask`",
+    ),
+    "all masked": (
+        labels([-100, -100, 5], [-100] * 3),
+        "row 1 of the batch has no labelled token: every label is -100",
+    ),
+    "two answers": (
+        labels([-100, 5, -100, 5]),
+        "row 0 of the batch has 2 separate answers: .*give each answer a row of its own",
+    ),
+    "answer first": (
+        labels([-100, 5], [5, 5]),
+        "row 1 of the batch has no prompt token: its labels start at the first token",
+    ),
     "answer first, then more": (labels([5, -100, 5]), "row 0 of the batch has 2 separate answers"),
-    "mask of another shape": (labels([-100, 5]) | {"attention_mask": torch.ones(1, 3)}, r"`attention_mask` must have the shape of the tokens, \(1, 2\), got \(1, 3\)"),
-    "mask of the attention": (labels([-100, 5]) | {"attention_mask": torch.ones(1, 1, 2, 2)}, r"`attention_mask` must have the shape of the tokens"),
+    "mask of another shape": (
+        labels([-100, 5]) | {"attention_mask": torch.ones(1, 3)},
+        r"`attention_mask` must have the shape of the tokens, \(1, 2\), got \(1, 3\)",
+    ),
+    "mask of the attention": (
+        labels([-100, 5]) | {"attention_mask": torch.ones(1, 1, 2, 2)},
+        r"`attention_mask` must have the shape of the tokens",
+    ),
     "nothing": ({"labels": torch.ones(1, 2)}, "called without `input_ids` and `inputs_embeds`"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -208,7 +287,10 @@ def test_continuing_a_cache_outside_of_generate():
     whole = model(input_ids=ids_BL[:, :6]).logits
     with reft.prompt(ids_BL[:, :6]):
         first = model(input_ids=ids_BL[:, :4], past_key_values=cache)
-    with untouched(model), pytest.raises(ValueError, match=r"run it inside `with reft.prompt\(input_ids, attention_mask\):`"):
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match=r"run it inside `with reft.prompt\(input_ids, attention_mask\):`"),
+    ):
         model(input_ids=ids_BL[:, 4:6], past_key_values=cache)
     with reft.prompt(ids_BL[:, :6]):
         second = model(input_ids=ids_BL[:, 4:6], past_key_values=cache)
@@ -235,7 +317,7 @@ def test_image_positions_need_the_ids():
     reft = vlreft.attach(model, vlreft.ReftConfig(item(positions="image:f1")))
     embeds = model.get_input_embeddings()(torch.full((1, 4), IMAGE_ID - 1))
     try:
-        with pytest.raises(ValueError, match="no segment 'image' here .*`input_ids`, which were not given"):
+        with pytest.raises(ValueError, match=r"no segment 'image' here .*`input_ids`, which were not given"):
             model(inputs_embeds=embeds)
     finally:
         reft.detach()

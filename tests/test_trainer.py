@@ -1,4 +1,4 @@
-"""Laws of `ReftTrainer` and `ReftMixin` over a text model and a vision-language model; trainers left as they are too."""
+"""Laws of `ReftTrainer` and `ReftMixin` over a text model and a vision-language model; also of unmodified trainers."""
 
 import json
 import math
@@ -214,6 +214,18 @@ def test_worker_processes_give_the_same_weights(kind, tmp_path):
     assert same(*ends)
 
 
+def test_a_compiled_model_trains_and_saves(tmp_path):
+    """Compiled by a backend that changes no numbers; it is the wrapping that could lose the interventions."""
+    kind, ends = KINDS["text"], []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        model, reft = kind.attached()
+        options |= {"num_train_epochs": 1, "save_strategy": "epoch"}
+        trainer_for(kind, model, tmp_path, rows=kind.rows(1) * 8, **options).train()
+        ends.append(numbers(reft))
+        assert same(numbers(vlreft.load(kind.model(), tmp_path / "checkpoint-2")), ends[-1])
+    assert same(*ends)
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_gradients_equal_those_of_the_big_batch(kind, micro, tmp_path):
     """Plain gradient descent, so that a wrong scale of the gradients shows in the weights."""
@@ -399,6 +411,24 @@ def test_an_unmodified_trainer_that_takes_the_labels_is_stopped(kind, tmp_path):
         trainer_for(kind, model, tmp_path, trainer=Trainer, **options).train()
 
 
+@pytest.mark.parametrize("form", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize("case", ["own labels", *TAKEN])
+def test_a_prompt_mask_of_the_users_is_what_counts(form, case, tmp_path):
+    """Two answers in a row, with the prompt said to end before the first: only a mask can say so."""
+    kind = KINDS["text"]
+    ids = list(range(20, 32))
+    labels = [-100] * 6 + ids[6:8] + [-100] * 2 + ids[10:]
+    rows = [{"input_ids": ids, "labels": labels, "prompt_mask": [place < 5 for place in range(12)]}] * 4
+    options, parts, _ = TAKEN.get(case, ({}, {}, None))
+    model, _ = kind.attached(init="reference")
+    trainer = trainer_for(
+        kind, model, tmp_path, rows=form(rows), parts=parts | {"data_collator": None}, max_steps=1, **options
+    )
+    with recorded(model.get_decoder().layers[0]) as changes:
+        trainer.train()
+    assert [row.nonzero()[:, 0].tolist() for row in places(changes[0])] == [[0, 1, 3, 4]] * 4
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 ADAPTER = {"reft_config.json", "reft_model.safetensors", "README.md"}
@@ -524,7 +554,7 @@ def one_by_one(kind, model, rows, **generation):
 
 @pytest.mark.parametrize("form", [list, datasets.Dataset.from_list])
 def test_answers_are_those_of_single_prompts_in_their_order(kind, form, tmp_path):
-    model, _ = kind.attached(init="reference")
+    model, _ = kind.attached(init="reference", dropout=0.3)
     rows = kind.rows(7)
     parts = {"generation": {"max_new_tokens": 12, "do_sample": False}}
     trainer = trainer_for(kind, model, tmp_path, parts=parts, per_device_eval_batch_size=3)
@@ -699,6 +729,26 @@ def test_detaching_before_training_is_refused(kind, tmp_path):
     reft.detach()
     with pytest.raises(ValueError, match="none are attached"):
         trainer.train()
+
+
+def test_training_what_no_checkpoint_would_hold_is_refused(kind, tmp_path):
+    model, reft = kind.attached()
+    head = model.get_output_embeddings().weight.requires_grad_(True)
+    trainer = trainer_for(kind, model, tmp_path)
+    with pytest.raises(ValueError, match=r"1 parameters of the base are trainable \(lm_head\.weight.*freeze them"):
+        trainer.train()
+    head.requires_grad_(False)
+    next(reft.parameters()).requires_grad_(False)  # a part that the user keeps as it is
+    trainer.train()
+
+
+def test_training_frozen_interventions_is_refused(kind, tmp_path):
+    """What peft does to a model when LoRA is put beside the interventions."""
+    peft = pytest.importorskip("peft")
+    model, _ = kind.attached()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'default' are frozen.*call `vlreft\.attach` last"):
+        trainer_for(kind, model, tmp_path).train()
 
 
 def test_generated_answers_need_a_collator(kind, tmp_path):

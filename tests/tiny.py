@@ -18,9 +18,16 @@ from transformers import (
 
 IMAGE_ID = 30
 TEXT = {
-    "vocab_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 def llama(width=16, **settings):
@@ -75,12 +82,14 @@ def state_of(model):
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return {
         "children": [path for path, _ in model.named_modules()],
-        "hooks": {(path, kind): list(getattr(module, kind)) for path, module in model.named_modules() for kind in kinds},
+        "hooks": {
+            (path, kind): list(getattr(module, kind)) for path, module in model.named_modules() for kind in kinds
+        },
         "own attributes": sorted(model.__dict__),
         "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         "tensors": {name: (id(tensor), tensor.dtype) for name, tensor in model.state_dict(keep_vars=True).items()},
         "training": [module.training for module in model.modules()],
-        "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002
+        "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
     }
 
 
@@ -96,6 +105,7 @@ def untouched(model):
 @contextlib.contextmanager
 def half_frozen(model):
     """Freeze one parameter of a model inside: whoever restores the flags must restore this one too."""
+    assert all(parameter.requires_grad for parameter in model.parameters()), "an earlier test left the model frozen"
     parameter = next(model.parameters()).requires_grad_(False)
     try:
         yield model

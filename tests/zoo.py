@@ -35,6 +35,7 @@ from transformers import (
 import vlreft
 
 ROOT = Path(__file__).parent.parent
+ASSETS = ("demo-llava",)  # families whose weights are files, which a checkout may lack
 
 # Samples -----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ class Family:
     image_tokens: the ids that stand for one picture. image_id: which of them is replaced by features. text, vision:
     the paths of the blocks. vision_tokens: tokens of a picture in the tower, class tokens included; packed: whether the
     tower runs all pictures as one row. first_id: added to a sample's numbers, so that they avoid special ids.
-    position_ids: whether the caller must say them under left padding. extra: makes further arguments from the batch.
+    position_ids: whether to say them, for a model that would count pads. extra: makes further arguments from the batch.
     takes_fullgraph: whether the base alone compiles without a graph break.
     """
 
@@ -296,7 +297,21 @@ FAMILIES: dict[str, Family] = {
             extra=_qwen_token_types,
             takes_fullgraph=False,
         ),
+        Family(
+            "demo-llava",
+            _demo("demo-llava"),
+            text="model.language_model.layers",
+            vision="model.vision_tower.encoder.layers",
+            media=_pixels(64),
+            image_tokens=(4,) * 64,
+            image_id=4,
+            vision_tokens=65,
+            num_cls=1,
+            first_id=4,
+            position_ids=True,
+        ),
     )
+    if family.name not in ASSETS or (ROOT / "assets" / family.name / "model.safetensors").is_file()
 }
 
 # Interventions -----------------------------------------------------------------------------------------------------
@@ -455,8 +470,8 @@ def _plain_ranks(selects: Sequence[str], count: int) -> list[int]:
 class Spy:
     """Record what one block's edit is given and what it makes of it, in every forward inside `with`.
 
-    before: the states as the block (or, of a connector, what feeds block 0) made them. after: what goes on. kept: copies
-    of `before` taken before the edit could write into it.
+    before: the states as the block made them (with `of_input`, as they came to it). after: what goes on. kept: copies
+    of `before`, taken before the edit could write into it.
     """
 
     def __init__(self, block: torch.nn.Module, *, of_input: bool = False) -> None:

@@ -83,7 +83,7 @@ class Reft:
         Shapes: (B, L) both. Tokens beyond position L count as the answer being generated.
         """
         shape = (input_ids_BL.shape[0], input_ids_BL.shape[1])
-        with self._runtime.prompt(input_ids_BL, attention_mask_BL, shape, input_ids_BL.device):
+        with self.runtime.prompt(input_ids_BL, attention_mask_BL, shape, input_ids_BL.device):
             yield
 
     def edited(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> list[Tensor | None]:
@@ -132,7 +132,8 @@ class Reft:
         copy_tensors(checkpoint.tensors, dict(self.edits.named_parameters()), f"the checkpoint in {folder}")
 
     @property
-    def _runtime(self) -> Runtime:
+    def runtime(self) -> Runtime:
+        """The model's hooks. Raises ValueError once detached."""
         adapters = _adapters(self.model)
         if adapters is None:
             raise ValueError(f"the interventions '{self.name}' are not attached any more")
@@ -262,8 +263,8 @@ def _device_of(block: nn.Module) -> torch.device:
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
     if device.type != "meta":
         return device
-    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
-    for hook in [single for hook in hooks for single in getattr(hook, "hooks", (hook,))]:
+    own = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
+    for hook in [single for several in own for single in getattr(several, "hooks", (several,))]:
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
     return device

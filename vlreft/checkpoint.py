@@ -35,7 +35,7 @@ class Base:
         """Raise ValueError for fields of other types, which a file may hold."""
         names = (self.model_type, self.class_name, self.name_or_path)
         shapes = list(self.sites.values()) if isinstance(self.sites, dict) else [None]
-        are_pairs = all(isinstance(shape, list) and [type(number) for number in shape] == [int, int] for shape in shapes)
+        are_pairs = all(isinstance(shape, list) and [type(item) for item in shape] == [int, int] for shape in shapes)
         if not are_pairs or not all(isinstance(name, str) for name in names):
             raise ValueError(f"'base' must hold three names and [number of blocks, width] of each site, got {self!r}")
 

@@ -76,6 +76,7 @@ class Runtime:
         self.masks: dict[str, tuple[Tensor, ...]] = {}
         self.selections: dict[tuple[object, ...], Selection | None] = {}
         self.looked_at_a_batch = False
+        self.is_muted = False
         self._forward_names = list(inspect.signature(type(model).forward).parameters)[1:]
         owner = sites["text"].owner
         self._owner_names = list(inspect.signature(type(owner).forward).parameters)[1:]
@@ -144,12 +145,27 @@ class Runtime:
         )
         for placed in self._acting("text"):
             placed.positions.generated(torch.zeros(0, dtype=torch.long))  # refuses what decoding cannot know
+        with self.scope(layout):
+            yield
+
+    @contextmanager
+    def scope(self, layout: TokenLayout) -> Iterator[None]:
+        """Use one layout for all forwards inside, each of which may hold a part of it, told by the cache's length."""
         before = self.prompt_layout
         self.prompt_layout, self.masks, self.selections = layout, {}, {}
         try:
             yield
         finally:
             self.prompt_layout, self.masks, self.selections = before, {}, {}
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Edit nothing inside: for forwards on tokens that no intervention selects."""
+        before, self.is_muted = self.is_muted, True
+        try:
+            yield
+        finally:
+            self.is_muted = before
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate` with the caller's prompt as the layout of every forward in it."""
@@ -184,6 +200,13 @@ class Runtime:
 
     # Hooks of a forward ----------------------------------------------------------------------------------------
 
+    def edited(self, layout: TokenLayout) -> Tensor:
+        """Return the mask_BL of tokens that anything acting on the text stream edits."""
+        edited_BL = torch.zeros_like(layout.mask("prompt"))
+        for placed in self._acting("text") + self._acting("connector"):
+            edited_BL = edited_BL | placed.join(placed.positions.masks(layout))
+        return edited_BL
+
     def _acting(self, site: str) -> list[Placed]:
         return [item for key, items in self.placed.items() if key[0] == site for item in items if item.switch.on]
 
@@ -191,22 +214,22 @@ class Runtime:
         is_prompt_BL = kwargs.pop("prompt_mask", None)
         self.sites_run = set()
         acting = self._acting("text") + self._acting("connector")
-        if self.prompt_layout is None and acting:
+        if self.prompt_layout is None and acting and not self.is_muted:
             call = dict(zip(self._forward_names, args, strict=False)) | kwargs
             self.masks, self.selections = {}, {}
-            self.layout = self._layout_of(call, is_prompt_BL, acting, module.training)
+            self.layout = self.layout_of(call, is_prompt_BL, module.training)
         return args, kwargs
 
-    def _layout_of(
-        self, call: Mapping[str, Any], is_prompt_BL: Tensor | None, acting: list[Placed], training: bool
-    ) -> TokenLayout:
+    def layout_of(self, call: Mapping[str, Any], is_prompt_BL: Tensor | None, training: bool) -> TokenLayout:
+        """Lay out a batch given as the model's own arguments. Raises ValueError where it means nothing."""
+        acting = self._acting("text") + self._acting("connector")
         ids_BL = call.get("input_ids")
         tokens = ids_BL if ids_BL is not None else call.get("inputs_embeds")
         if tokens is None:
             raise ValueError("the model was called without `input_ids` and `inputs_embeds`: positions need tokens")
         shape, labels = (tokens.shape[0], tokens.shape[1]), call.get("labels")
         cache = call.get("past_key_values")
-        if isinstance(cache, Cache) and isinstance(cache.get_seq_length(), int) and cache.get_seq_length() > 0:
+        if isinstance(cache, Cache) and _is_filled(cache):
             raise ValueError(
                 "a forward that continues a cache outside of `generate`: nothing says which tokens are the prompt; "
                 "run it inside `with reft.prompt(input_ids, attention_mask):`"
@@ -274,9 +297,9 @@ class Runtime:
         if not idle:
             return None
         zero = sum(param.sum() * 0.0 for placed in idle for param in placed.edit.parameters())
-        key = ("loss" if output.get("loss") is not None else "logits") if isinstance(output, dict) else 0
         if isinstance(output, dict):
-            output[key] = output[key] + zero
+            first = next(iter(output))  # the loss if there is one, else logits, or states where there is no head
+            output[first] = output[first] + zero
             return output
         return (output[0] + zero, *output[1:])
 
@@ -299,6 +322,8 @@ class Runtime:
 
     def _edit(self, site: Site, layer: int, h: Tensor) -> Tensor:
         self.sites_run.add(site.name)
+        if self.is_muted:
+            return h
         for placed in self.placed[site.name, layer]:
             if placed.switch.on:
                 selection = self._select_in_tower(site, placed, h) if site.name == "vision" else self._select(placed, h)
@@ -389,6 +414,14 @@ def _window(
     inside_T, clamped_T = place_T < layout.num_tokens, place_T.clamp(max=layout.num_tokens - 1)
     pairs = zip(masks, generated, strict=True)
     return tuple(torch.where(inside_T, mask_BL.index_select(1, clamped_T), grown_T) for mask_BL, grown_T in pairs)
+
+
+def _is_filled(cache: Cache) -> bool:
+    """Return whether a cache holds tokens; a static one counts them on the device, which costs a synchronisation."""
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        return False
+    return bool(length > 0)
 
 
 def _refuse_unknown_prompt(acting: list[Placed]) -> None:

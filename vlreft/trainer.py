@@ -4,19 +4,20 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
 
 from vlreft.attach import Reft, find_only_reft
 from vlreft.data import Collator
 from vlreft.hooks import refuse_bad_labels
 from vlreft.layout import prompt_from_labels
+from vlreft.prefix import PrefixReuse
 
 logger = logging.getLogger("vlreft")
 
@@ -36,12 +37,21 @@ class ReftMixin(_TrainerType):
     labels away (label smoothing, a loss function of one's own), and a `vlreft.Collator` sees all columns.
     """
 
+    # Off here: other trainers read the logits of the whole batch. `ReftTrainer` has "auto".
+    reuse_prefix: Literal["auto"] | bool = False
+    _reuse: PrefixReuse | None = None
+
     @property
     def reft(self) -> Reft:
         """The interventions being trained. Raises ValueError unless exactly one set is attached."""
         model = self.model
         assert model is not None
         return find_only_reft(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the trainer's own optimizer. Raises ValueError if it would train what no checkpoint holds."""
+        _check_trainable(self.reft)
+        return super().create_optimizer(model)
 
     def compute_loss(
         self,
@@ -62,7 +72,17 @@ class ReftMixin(_TrainerType):
             # transformers shifts the labels for text-only models alone; a vision-language model would learn to repeat
             # the token that it is reading.
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training or not isinstance(labels, Tensor) or (reuse := self._prefix_reuse()) is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with reuse.cut(inputs) as rest:
+            return super().compute_loss(model, rest, return_outputs, num_items_in_batch)
+
+    def _prefix_reuse(self) -> PrefixReuse | None:
+        if self.reuse_prefix is False:
+            return None
+        if self._reuse is None:
+            self._reuse = PrefixReuse(self.reft, required=self.reuse_prefix is True)
+        return self._reuse
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter instead of the model."""
@@ -82,6 +102,13 @@ class ReftMixin(_TrainerType):
         logger.info("loading the best adapter, %s (%s)", best, self.state.best_metric)
         self.reft.load_weights(best)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        assert columns is not None
+        if "prompt_mask" not in columns:  # the hooks take it; the forward, which the signature is of, does not
+            columns.append("prompt_mask")
+
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if isinstance(self.data_collator, Collator):
             return dataset  # the collator turns columns into model inputs; the model's signature knows none of them
@@ -93,6 +120,22 @@ class ReftMixin(_TrainerType):
         return super()._get_collator_with_removed_columns(data_collator, description)
 
 
+def _check_trainable(reft: Reft) -> None:
+    """Refuse to train nothing, or numbers that are not in the checkpoints and would be lost without a word."""
+    own = {id(parameter) for parameter in reft.parameters()}
+    if not any(parameter.requires_grad for parameter in reft.parameters()):
+        raise ValueError(
+            f"the interventions '{reft.name}' are frozen: something froze the whole model after `vlreft.attach`, as "
+            "peft does; call `vlreft.attach` last"
+        )
+    others = [name for name, p in reft.model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        raise ValueError(
+            f"{len(others)} parameters of the base are trainable ({others[0]}, ...), but checkpoints hold the "
+            "interventions alone: freeze them (`requires_grad_(False)`), or use a plain transformers.Trainer"
+        )
+
+
 class ReftTrainer(ReftMixin, Trainer):
     """`transformers.Trainer` for interventions, with evaluation by generation.
 
@@ -100,6 +143,8 @@ class ReftTrainer(ReftMixin, Trainer):
         evaluation's metrics (`eval_<name>`), so that early stopping and `load_best_model_at_end` can use them. Needs a
         `vlreft.Collator`.
     generation: arguments of `model.generate` for it; greedy with 32 new tokens by default.
+    reuse_prefix: run the tokens before the first edited one without a graph (same gradients, less time and memory):
+        wherever that is exact ("auto"), always (True: an error that says why where it is not), or never (False).
     Everything else is `transformers.Trainer`'s.
     """
 
@@ -118,6 +163,7 @@ class ReftTrainer(ReftMixin, Trainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         answer_metrics: AnswerMetrics | None = None,
         generation: Mapping[str, Any] | None = None,
+        reuse_prefix: Literal["auto"] | bool = "auto",
     ) -> None:
         """Check that there is something to train, then hand over to `transformers.Trainer`."""
         find_only_reft(model)
@@ -137,6 +183,7 @@ class ReftTrainer(ReftMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.answer_metrics = answer_metrics
+        self.reuse_prefix = reuse_prefix
         self.generation = dict(generation or {"max_new_tokens": 32, "do_sample": False})
 
     def evaluation_loop(
@@ -152,8 +199,8 @@ class ReftTrainer(ReftMixin, Trainer):
         if self.answer_metrics is None:
             return output
         dataset: Any = dataloader.dataset
-        scores = denumpify_detensorize(self.answer_metrics(self.predict_answers(dataset), dataset))
-        metrics = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
+        scores = self.answer_metrics(self.predict_answers(dataset), dataset)
+        metrics = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": float(score) for name, score in scores.items()}
         return output._replace(metrics=metrics)
 
     def predict_answers(self, dataset: Any) -> list[str]:

@@ -1,0 +1,161 @@
+"""Reusing the untouched prefix changes the cost of a training step and nothing else."""
+
+import logging
+
+import pytest
+import torch
+from processors import tiny_llava_model, tiny_llava_processor, tiny_paligemma_model, tiny_paligemma_processor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import TrainingArguments
+from zoo import FAMILIES, SAMPLES, TEXT_ONLY, intervention, shake
+
+import vlreft
+from vlreft.prefix import PrefixReuse
+
+POSITIONS = ("question:l2", "prompt:l3", "response", "question:f1+l2")
+
+
+def gradients(reft, loss):
+    reft.model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in reft.parameters()]
+
+
+def both_ways(model, reft, batch):
+    """Return losses and gradients of the plain and of the cut step, and how many tokens the second one still has."""
+    model.train()
+    plain = model(**batch).loss
+    plain_gradients = gradients(reft, plain)
+    with PrefixReuse(reft, required=True).cut(batch) as rest:
+        cut = model(**rest).loss
+    cut_gradients = gradients(reft, cut)
+    model.zero_grad(set_to_none=True)
+    return plain, plain_gradients, cut, cut_gradients, rest["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if "demo" not in f.name], ids=str)
+def test_gradients_are_those_of_the_plain_step(attached, family, positions):
+    samples = [SAMPLES[0]] * 2 if family.has_image else TEXT_ONLY
+    if not family.has_image and positions.startswith("question:f1"):
+        pytest.skip("the first token of a text-only prompt is edited: there is no prefix")
+    model, reft = attached(family, intervention("loreft", positions=positions, layers="all"))
+    batch = family.batch(samples)
+    plain, plain_gradients, cut, cut_gradients, num_left = both_ways(model, reft, batch)
+    assert num_left < batch["input_ids"].shape[1]
+    torch.testing.assert_close(cut, plain, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(cut_gradients, plain_gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"site": "vision", "positions": "patches"}, "edits image features"),
+        ({"site": "connector", "positions": "image"}, "edits image features"),
+        ({"positions": "image:l2"}, "edits image features"),
+        ({"positions": "f2+l2"}, "edits the first tokens"),
+        ({"positions": "text"}, "edits the first tokens"),
+        ({"positions": "[:3]"}, "edits the first tokens"),
+    ],
+)
+def test_says_which_intervention_forbids_it(attached, fields, reason, caplog):
+    _, reft = attached("llava", intervention("loreft", positions="prompt:l1"), intervention("loreft", **fields))
+    with pytest.raises(ValueError, match=rf"intervention 1 .*{reason}"):
+        PrefixReuse(reft, required=True)
+    with caplog.at_level(logging.INFO, "vlreft"):
+        optional = PrefixReuse(reft, required=False)
+    assert reason in caplog.text
+    batch = FAMILIES["llava"].batch([SAMPLES[0]])
+    with optional.cut(batch) as rest:
+        assert rest == batch
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor under NumPy 2
+def test_attention_that_looks_ahead_is_found_out():
+    processor = tiny_paligemma_processor()
+    model = tiny_paligemma_model(processor).train()
+    from PIL import Image
+
+    rows = [
+        {"image": Image.new("RGB", (28, 28), color), "question": "what is it", "answer": "a"}
+        for color in ("red", "blue")
+    ]
+    batch = vlreft.Collator(processor)(rows)
+    reft = shake(vlreft.attach(model, vlreft.ReftConfig(intervention("loreft", positions="prompt:l1"))))
+    with pytest.raises(ValueError, match="PaliGemma"), PrefixReuse(reft, required=True).cut(batch):
+        pass
+    plain = gradients(reft, model(**batch).loss)
+    careful = PrefixReuse(reft, required=False)
+    careful.refusal = ""
+    with careful.cut(batch) as rest:
+        assert all(a.equal(b) for a, b in zip(gradients(reft, model(**rest).loss), plain, strict=True))
+
+
+def test_checkpointing_and_late_images_take_the_plain_step(attached):
+    family = FAMILIES["llava"]
+    model, reft = attached(family, intervention("loreft", positions="prompt:l1"))
+    mixed = family.batch(SAMPLES)  # the text-only row ends before the others' images
+    with pytest.raises(ValueError, match="an image stands behind column"), PrefixReuse(reft, required=True).cut(mixed):
+        pass
+    model.train().activation_checkpointing_enable()
+    with (
+        pytest.raises(ValueError, match="checkpointing"),
+        PrefixReuse(reft, required=True).cut(family.batch([SAMPLES[0]])),
+    ):
+        pass
+    model.activation_checkpointing_disable()
+
+
+def saved_bytes(run):
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values())
+
+
+def test_keeps_less_for_the_backward_pass(attached):
+    model, reft = attached("llama", intervention("loreft", positions="prompt:l2"))
+    batch = {"input_ids": torch.randint(3, 30, (2, 200)), "attention_mask": torch.ones(2, 200, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :-4] = -100
+    model.train()
+    plain = saved_bytes(lambda: model(**batch).loss)
+    with PrefixReuse(reft, required=True).cut(batch) as rest:
+        assert saved_bytes(lambda: model(**rest).loss) < plain / 4
+
+
+def train(tmp_path, reuse_prefix, **more):
+    processor = tiny_llava_processor(image_size=84)  # 36 image tokens
+    model = tiny_llava_model(processor)
+    torch.manual_seed(0)
+    reft = vlreft.attach(model, vlreft.ReftConfig(intervention("loreft", positions="question:l3", init="reference")))
+    from PIL import Image
+
+    rows = [
+        {"image": Image.new("RGB", (84, 84), (20 * i, 0, 9)), "question": "what is it", "answer": "ab" * (i % 3 + 1)}
+        for i in range(6)
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, **more,
+    )  # fmt: skip
+    trainer = vlreft.ReftTrainer(model, arguments, vlreft.Collator(processor), rows, reuse_prefix=reuse_prefix)
+    loss = trainer.train().training_loss
+    return loss, [parameter.detach().clone() for parameter in reft.parameters()]
+
+
+@pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.1}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_trainer_learns_the_same(tmp_path, more, caplog):
+    loss, plain = train(tmp_path, reuse_prefix=False, **more)
+    with caplog.at_level(logging.INFO, "vlreft"):
+        reused_loss, reused = train(tmp_path, reuse_prefix="auto", **more)
+    assert "reusing the prefix" in caplog.text
+    assert reused_loss == pytest.approx(loss, rel=1e-5)
+    for ours, theirs in zip(reused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,8 @@ ARROWS = {
     "hooks": {"interventions", "layout", "positions", "sites"},
     "checkpoint": {"config"},
     "attach": {"checkpoint", "config", "hooks", "interventions", "layout", "sites"},
-    "trainer": {"attach", "data", "hooks", "layout"},
+    "prefix": {"attach", "layout", "positions"},
+    "trainer": {"attach", "data", "hooks", "layout", "prefix"},
     "__init__": {"attach", "config", "data", "trainer"},
 }
 

@@ -200,8 +200,8 @@ class ReftTrainer(ReftMixin, Trainer):
             return output
         dataset: Any = dataloader.dataset
         scores = self.answer_metrics(self.predict_answers(dataset), dataset)
-        metrics = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": float(score) for name, score in scores.items()}
-        return output._replace(metrics=metrics)
+        named = {f"{metric_key_prefix}_{name}": float(score) for name, score in scores.items()}
+        return output._replace(metrics=dict(output.metrics or {}) | named)
 
     def predict_answers(self, dataset: Any) -> list[str]:
         """Generate an answer for each example of a dataset with a length; prompts are batched and left-padded."""

@@ -4,7 +4,9 @@
     python -m tasks.demo --tasks code refuse --seeds 0 1 2
 
 Every method, LoReFT included, tries the same three learning rates; the best on dev (seed 0) is then trained with each
-seed and answers the test set once. Writes `results.json` (every run) and prints a Markdown table of means.
+seed and answers the test set once. LoReFT runs in `vlreft.ReftTrainer`, which reuses the prefix where no edit comes
+before the question, LoRA in `transformers.Trainer`: time is what both have the same amount of. Writes `results.json`
+(every run) and prints a Markdown table of means.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from transformers import (
 from transformers.utils import logging
 
 import vlreft
+from vlreft import ReftTrainer
 from vlreft.datasets import load_captions, load_jsonl, load_vqa
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -165,9 +168,11 @@ def train(model: nn.Module, collator: vlreft.Collator, data: Any, lr: float, see
         output_dir="runs/demo", max_steps=10**6, per_device_train_batch_size=16, save_strategy="no", report_to="none",
         logging_strategy="no", disable_tqdm=True, seed=seed, use_cpu=True, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = Trainer(
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.lr_factor)
+    kind = ReftTrainer if isinstance(model, PreTrainedModel) else Trainer  # peft's model is a wrapper
+    trainer = kind(
         model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[budget],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, budget.lr_factor)),
+        optimizers=(optimizer, schedule),
     )  # fmt: skip
     trainer.train()
     return trainer.state.global_step

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import llama
 
+import vlreft
 from vlreft.interventions import ACTIVATIONS, INTERVENTIONS, orthonormal_rows
 
 WIDTH, RANK = 24, 3
@@ -291,3 +293,19 @@ def test_rotation_survives_weight_decay_and_reload(method):
         reloaded.load_state_dict(edit.state_dict())
         assert torch.equal(reloaded(target), edit(target))
         edit = reloaded
+
+
+def test_lowering_the_model_leaves_the_interventions_in_float32():
+    model = llama()
+    reft = vlreft.attach(model, vlreft.ReftConfig(vlreft.Intervention("loreft", rank=2, init="reference")))
+    parameters = list(reft.parameters())
+    values = [parameter.detach().clone() for parameter in parameters]
+    model.to(torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    for parameter, now, value in zip(parameters, reft.parameters(), values, strict=True):
+        assert now is parameter
+        assert now.dtype == torch.float32
+        assert now.equal(value)
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+    model.to("meta")
+    assert {parameter.device.type for parameter in reft.parameters()} == {"meta"}

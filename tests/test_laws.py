@@ -220,6 +220,26 @@ def test_edit_is_heard_after_an_earlier_forward(family, site, is_recorded, attac
         assert (model(**batch).logits - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("family", "site"), SITES)
+def test_all_layers_are_those_that_matter(family, site, attached):
+    """Each block that "all" stands for is heard in the logits; any other is refused by name."""
+    model, reft = attached(family, at(site, layers="all", tied=True))
+    chosen = {int(name.split(":")[2]) for name in reft.edits}
+    reft.detach()
+    batch = family.batch(SAMPLES)
+    for layer in range(1 if site == "connector" else len(family.blocks(model, site))):
+        if layer not in chosen:
+            with pytest.raises(ValueError, match="can never matter"):
+                attached(family, at(site, layers=layer))
+            continue
+        _, reft = attached(family, at(site, layers=layer))
+        with torch.no_grad():
+            edited = model(**batch).logits
+            with reft.disabled():
+                assert (model(**batch).logits - edited).abs().max() > 1e-3
+        reft.detach()
+
+
 @pytest.mark.xfail(strict=True, reason="attach does not know where a class token is dropped")
 def test_class_token_that_is_never_read_is_refused(attached):
     """LLaVA reads the patches after tower block 1: what block 1 makes of the class token goes nowhere."""

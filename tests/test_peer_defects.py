@@ -379,7 +379,7 @@ def test_defect_21_batches_have_no_sink_and_keep_real_ends():
         assert edited_places(spy, 1)[row] == [num_pads, num_pads + len(prompt) - 1]
 
 
-@pytest.mark.parametrize("positions", ["f2", "l2", "f2+l2", "l1+f3", "f1+l1+uniform2"])
+@pytest.mark.parametrize("positions", ["f2", "l2", "f2+l2", "l1+f3", "f1+l1+uniform2", "l3+uniform3", "[1:4]+f2"])
 def test_defect_22_groups_are_named_not_counted(positions, attached):
     """The first half of the interventions was taken for the prefix's and the second for the suffix's."""
     model, reft = attached("llama", intervention("vector", layers=[0, 1], positions=positions), is_shaken=False)

@@ -169,7 +169,7 @@ def train(model: nn.Module, collator: vlreft.Collator, data: Any, lr: float, see
         logging_strategy="no", disable_tqdm=True, seed=seed, use_cpu=True, remove_unused_columns=False,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.lr_factor)
-    kind = ReftTrainer if isinstance(model, PreTrainedModel) else Trainer  # peft's model is a wrapper
+    kind: type[Trainer] = ReftTrainer if isinstance(model, PreTrainedModel) else Trainer  # peft's model is a wrapper
     trainer = kind(
         model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[budget],
         optimizers=(optimizer, schedule),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from zoo import FAMILIES, Family, shake
 
 import vlreft
-from vlreft.attach import find_reft
+from vlreft.reft import find_reft
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

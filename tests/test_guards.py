@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,13 @@ ARROWS = {
     "datasets": set(),
     "positions": {"layout"},
     "config": {"interventions", "positions"},
-    "hooks": {"interventions", "layout", "positions", "sites"},
+    "placed": {"interventions", "positions"},
+    "hooks": {"layout", "placed", "positions", "sites"},
     "checkpoint": {"config"},
-    "attach": {"checkpoint", "config", "hooks", "interventions", "layout", "sites"},
-    "prefix": {"attach", "layout", "positions"},
-    "trainer": {"attach", "data", "hooks", "layout", "prefix"},
-    "__init__": {"attach", "config", "data", "trainer"},
+    "reft": {"checkpoint", "config", "hooks", "interventions", "layout", "placed", "sites"},
+    "prefix": {"layout", "positions", "reft"},
+    "trainer": {"data", "layout", "prefix", "reft"},
+    "__init__": {"config", "data", "reft", "trainer"},
 }
 
 PUBLIC = {"Collator", "Intervention", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer", "attach", "load"}
@@ -47,6 +47,8 @@ FORBIDDEN_IMPORTS = {
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen"}
 KNOWN_HOSTS = {"arxiv.org", "doi.org", "github.com", "huggingface.co", "www.apache.org"}
 BROUGHT_BY_OTHERS = "import torch, transformers; transformers.PreTrainedModel, transformers.GenerationMixin"
+# What an interpreter of a virtual environment, or an editable install, loads by itself.
+SITE_MODULES = {"__editable___vlreft_0_1_0_finder", "_distutils_hack", "_virtualenv", "distutils_precedence"}
 HEAVY = ("datasets", "matplotlib", "pandas", "peft", "pyarrow", "transformers.trainer")
 
 SOURCES = sorted(PACKAGE.glob("*.py"))
@@ -173,16 +175,22 @@ def run(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_is_light():
-    """Beyond what a transformers model in memory has brought already: 50 ms of our own, no trainer, no datasets."""
-    before, after, seconds = run(
-        f"{BROUGHT_BY_OTHERS}\nbefore, start = set(sys.modules), time.process_time()\nimport vlreft\n"
-        "print(json.dumps([sorted(before), sorted(sys.modules), time.process_time() - start]))"
+def test_import_brings_nothing():
+    """Importing vlreft imports no library; its names bring theirs when they are first used."""
+    names = run("import vlreft\nprint(json.dumps(sorted(sys.modules)))")
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) <= SITE_MODULES | {"vlreft"}
+
+
+def test_what_is_used_without_training_is_light():
+    """Beyond what a transformers model in memory has brought already: no trainer, no datasets."""
+    before, after = run(
+        f"{BROUGHT_BY_OTHERS}\nbefore = set(sys.modules)\nimport vlreft\n"
+        "vlreft.attach, vlreft.load, vlreft.ReftConfig, vlreft.Collator\n"
+        "print(json.dumps([sorted(before), sorted(sys.modules)]))"
     )
     assert [name for name in HEAVY if name in after] == []
     new = {name.split(".")[0] for name in set(after) - set(before)} - set(sys.stdlib_module_names)
     assert new <= {"vlreft", "PIL", "safetensors", "transformers", "torch"}
-    assert seconds < 0.3
 
 
 def test_the_trainer_comes_when_it_is_asked_for():
@@ -192,20 +200,6 @@ def test_the_trainer_comes_when_it_is_asked_for():
         "print(json.dumps([before, ReftTrainer.__module__, ReftMixin.__module__, after]))"
     )
     assert names == [False, "vlreft.trainer", "vlreft.trainer", True]
-
-
-def test_attach_is_quick():
-    """Sixteen interventions of width 512 take milliseconds; 50 are allowed on a busy machine."""
-    model = llama(width=512, num_hidden_layers=16)
-    config = vlreft.ReftConfig(vlreft.Intervention("loreft", rank=8, positions="f7+l7", tied=True))
-    seconds = []
-    for _ in range(5):
-        start = time.process_time()
-        reft = vlreft.attach(model, config)
-        seconds.append(time.process_time() - start)
-        assert len(reft.edits) == 16
-        reft.detach()
-    assert min(seconds) < 0.05
 
 
 def test_no_tensor_of_width_squared():

@@ -13,7 +13,6 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,43 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
-from vlreft.interventions import Edit
-from vlreft.layout import TokenLayout, prompt_from_labels, text_layout, tower_layout
+from vlreft.layout import TokenLayout, prompt_from_labels, refuse_bad_labels, text_layout, tower_layout
+from vlreft.placed import Placed, Switch
 from vlreft.positions import All, Positions, Selection, select
 from vlreft.sites import Site, Sites
-
-
-@dataclass(eq=False)
-class Switch:
-    """Whether one adapter acts."""
-
-    on: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """One intervention at one block: `part` is the position group it edits, None for all of them (tied)."""
-
-    switch: Switch
-    edit: Edit
-    positions: Positions
-    part: int | None
-
-    @property
-    def num_slots(self) -> int | None:
-        """The most positions per row, None if unknown before the batch."""
-        selects = self.positions.selects if self.part is None else (self.positions.selects[self.part],)
-        counts = [select.num_slots for select in selects]
-        return None if None in counts else sum(count or 0 for count in counts)
-
-    def join(self, masks: tuple[Tensor, ...]) -> Tensor:
-        """Return the mask of this intervention's group from those of all parts."""
-        if self.part is not None:
-            return masks[self.part]
-        joined = masks[0]
-        for mask in masks[1:]:
-            joined = joined | mask
-        return joined
 
 
 class Runtime:
@@ -133,6 +99,8 @@ class Runtime:
         attention_mask_BL: Tensor | None,
         shape: tuple[int, int],
         device: torch.device,
+        *,
+        repeats: bool = False,
     ) -> Iterator[None]:
         """Fix the prompt for all forwards inside; whatever they see beyond position L is an answer being generated."""
         layout = text_layout(
@@ -142,6 +110,7 @@ class Runtime:
             attention_mask_BL=attention_mask_BL,
             image_token_ids=self.sites.image_token_ids,
             grows=True,
+            repeats=repeats,
         )
         for placed in self._acting("text"):
             placed.positions.generated(torch.zeros(0, dtype=torch.long))  # refuses what decoding cannot know
@@ -179,7 +148,7 @@ class Runtime:
         mask_BL = kwargs.get("attention_mask")
         if mask_BL is None and ids_BL is not None:
             mask_BL = self._guess_attention_mask(ids_BL, args, kwargs)
-        with self.prompt(ids_BL, mask_BL, (tokens.shape[0], tokens.shape[1]), tokens.device):
+        with self.prompt(ids_BL, mask_BL, (tokens.shape[0], tokens.shape[1]), tokens.device, repeats=True):
             return own(*args, **kwargs)
 
     def _guess_attention_mask(
@@ -327,7 +296,7 @@ class Runtime:
         for placed in self.placed[site.name, layer]:
             if placed.switch.on:
                 selection = self._select_in_tower(site, placed, h) if site.name == "vision" else self._select(placed, h)
-                h = h if selection is None else _apply(placed.edit, h, selection)
+                h = h if selection is None else placed.apply(h, selection)
         return h
 
     def _select(self, placed: Placed, h_BTD: Tensor) -> Selection | None:
@@ -355,10 +324,10 @@ class Runtime:
             self.masks[positions.text] = positions.masks(layout)
         masks = self.masks[positions.text]
         if not (isinstance(self.offset, int) and self.offset == 0 and num_tokens == layout.num_tokens):
-            masks = _window(masks, positions, layout, self.offset, num_tokens)
+            masks = positions.window(masks, layout, self.offset, num_tokens)
         if num_rows != layout.num_rows:
             copies, rest = divmod(num_rows, layout.num_rows)
-            if rest or not layout.grows:
+            if rest or not layout.repeats:
                 raise ValueError(f"the text blocks run on {num_rows} rows, the prompt has {layout.num_rows}")
             masks = tuple(mask_BT.repeat_interleave(copies, 0) for mask_BT in masks)  # beams, return sequences
         return masks
@@ -387,35 +356,6 @@ class Runtime:
         return select(placed.join(masks).expand(num_rows, -1), placed.num_slots)
 
 
-def _apply(edit: Edit, h: Tensor, selection: Selection) -> Tensor:
-    """Return `h` with the selected positions edited; never writes into `h`.
-
-    Shapes: (B, T, D), or (T, D) for a tower that packs its images. Unselected states are kept from the edit: they may
-    hold anything, even NaN at pads, and a NaN would reach the gradients through a product with zero.
-    """
-    if h.dim() == 2:
-        return _apply(edit, h[None], selection)[0]
-    if selection.index_BP is None or selection.valid_BP is None:
-        chosen_BT1 = selection.mask_BT[:, :, None]
-        return torch.where(chosen_BT1, edit(torch.where(chosen_BT1, h, 0.0)), h)
-    index_BPD = selection.index_BP[:, :, None].expand(-1, -1, h.shape[2])
-    valid_BP1 = selection.valid_BP[:, :, None]
-    h_BPD = h.gather(1, index_BPD)
-    edited_BPD = torch.where(valid_BP1, edit(torch.where(valid_BP1, h_BPD, 0.0)), h_BPD)
-    return h.scatter(1, index_BPD, edited_BPD)
-
-
-def _window(
-    masks: tuple[Tensor, ...], positions: Positions, layout: TokenLayout, offset: int | Tensor, num_tokens: int
-) -> tuple[Tensor, ...]:
-    """Return the masks of tokens offset .. offset + num_tokens - 1, which may lie beyond the layout."""
-    place_T = offset + torch.arange(num_tokens, device=masks[0].device)
-    generated = positions.generated(place_T - layout.num_tokens)
-    inside_T, clamped_T = place_T < layout.num_tokens, place_T.clamp(max=layout.num_tokens - 1)
-    pairs = zip(masks, generated, strict=True)
-    return tuple(torch.where(inside_T, mask_BL.index_select(1, clamped_T), grown_T) for mask_BL, grown_T in pairs)
-
-
 def _is_filled(cache: Cache) -> bool:
     """Return whether a cache holds tokens; a static one counts them on the device, which costs a synchronisation."""
     length = cache.get_seq_length()
@@ -432,22 +372,6 @@ def _refuse_unknown_prompt(acting: list[Placed]) -> None:
                 "neither `labels` nor a `prompt_mask`; pass one of them to the model (vlreft.ReftTrainer and "
                 "vlreft.ReftMixin pass the mask on even when the trainer takes the labels away)"
             )
-
-
-def refuse_bad_labels(labels_BL: Tensor) -> None:
-    """Raise ValueError naming the first row with no labelled token, or with more than one run of them."""
-    labelled_BL = labels_BL != -100
-    starts_B = (labelled_BL[:, 1:] & ~labelled_BL[:, :-1]).sum(1) + labelled_BL[:, 0]
-    wrong_B = starts_B != 1
-    if not bool(wrong_B.any()):
-        return
-    row = int(wrong_B.nonzero()[0])
-    if int(starts_B[row]) == 0:
-        raise ValueError(f"row {row} of the batch has no labelled token: every label is -100, nothing can be learnt")
-    raise ValueError(
-        f"row {row} of the batch has {int(starts_B[row])} separate answers: the positions edited for a prompt would "
-        "not be those edited when it is generated from; give each answer a row of its own, or pass a `prompt_mask`"
-    )
 
 
 def forget_compiled_graphs() -> None:

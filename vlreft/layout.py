@@ -20,11 +20,13 @@ class TokenLayout:
     """For each position of a batch: which segments it belongs to.
 
     `segments` maps a segment's name to mask_BL (bool). `grows` says that tokens after position L are answer tokens
-    still being generated, all of them in segment `response`. `missing` says why an absent segment is absent.
+    still being generated, all of them in segment `response`; `repeats` that a forward may hold each row several times
+    in a row, as beams do. `missing` says why an absent segment is absent.
     """
 
     segments: Mapping[str, Tensor]
     grows: bool = False
+    repeats: bool = False
     missing: str = ""
 
     @property
@@ -54,6 +56,7 @@ def text_layout(
     is_prompt_BL: Tensor | None = None,
     image_token_ids: Sequence[int] | None = None,
     grows: bool = False,
+    repeats: bool = False,
 ) -> TokenLayout:
     """Lay out a batch of token sequences.
 
@@ -69,10 +72,10 @@ def text_layout(
     if image_token_ids is None or (image_token_ids and input_ids_BL is None):
         why = " (the model does not mark its image tokens in `input_ids`)"
         why = why if image_token_ids is None else " (image tokens are found by `input_ids`, which were not given)"
-        return TokenLayout(segments, grows, why)
+        return TokenLayout(segments, grows, repeats, why)
     if not image_token_ids:
         segments |= {"text": prompt_BL, "question": prompt_BL}
-        return TokenLayout(segments, grows, " (the model is text-only)")
+        return TokenLayout(segments, grows, repeats, " (the model is text-only)")
     assert input_ids_BL is not None
     is_image_BL = torch.zeros_like(real_BL)
     for token_id in image_token_ids:
@@ -80,12 +83,28 @@ def text_layout(
     image_BL, text_BL = prompt_BL & is_image_BL, prompt_BL & ~is_image_BL
     images_from_here_BL = image_BL.flip(1).cumsum(1).flip(1)
     segments |= {"text": text_BL, "image": image_BL, "question": text_BL & (images_from_here_BL == 0)}
-    return TokenLayout(segments, grows)
+    return TokenLayout(segments, grows, repeats)
 
 
 def prompt_from_labels(labels_BL: Tensor) -> Tensor:
     """Return is_prompt_BL: every position before the row's first labelled one (label other than -100)."""
     return (labels_BL != -100).cumsum(1) == 0
+
+
+def refuse_bad_labels(labels_BL: Tensor) -> None:
+    """Raise ValueError naming the first row with no labelled token, or with more than one run of them."""
+    labelled_BL = labels_BL != -100
+    starts_B = (labelled_BL[:, 1:] & ~labelled_BL[:, :-1]).sum(1) + labelled_BL[:, 0]
+    wrong_B = starts_B != 1
+    if not bool(wrong_B.any()):
+        return
+    row = int(wrong_B.nonzero()[0])
+    if int(starts_B[row]) == 0:
+        raise ValueError(f"row {row} of the batch has no labelled token: every label is -100, nothing can be learnt")
+    raise ValueError(
+        f"row {row} of the batch has {int(starts_B[row])} separate answers: the positions edited for a prompt would "
+        "not be those edited when it is generated from; give each answer a row of its own, or pass a `prompt_mask`"
+    )
 
 
 def tower_layout(num_tokens: int, num_cls: int, device: torch.device) -> TokenLayout:

@@ -264,6 +264,16 @@ class Positions:
             taken_T = taken_T | masks[-1]
         return tuple(masks)
 
+    def window(
+        self, masks: tuple[Tensor, ...], layout: TokenLayout, offset: int | Tensor, num_tokens: int
+    ) -> tuple[Tensor, ...]:
+        """Return the masks of tokens offset .. offset + num_tokens - 1, which may lie beyond the layout."""
+        place_T = offset + torch.arange(num_tokens, device=masks[0].device)
+        generated = self.generated(place_T - layout.num_tokens)
+        inside_T, clamped_T = place_T < layout.num_tokens, place_T.clamp(max=layout.num_tokens - 1)
+        pairs = zip(masks, generated, strict=True)
+        return tuple(torch.where(inside_T, mask_BL.index_select(1, clamped_T), grown_T) for mask_BL, grown_T in pairs)
+
 
 def parse_positions(text: str) -> Positions:
     """Parse a position string. Raises ValueError that points at the character where it stops making sense."""

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlreft.attach import Reft
 from vlreft.layout import TokenLayout
 from vlreft.positions import All, First, Slice, Uniform
+from vlreft.reft import Reft
 
 logger = logging.getLogger("vlreft")
 

@@ -5,7 +5,7 @@ vision follows from the sub-config of its nearest ancestor that has one.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +22,8 @@ class Site:
     name: "text", "vision" or "connector". blocks: the modules whose output is edited (of "connector": text block 0,
     whose input is edited). width: D. owner: the module that runs the blocks. num_live: blocks from 0 whose output the
     model reads; `dead_because` says why later ones are dead. num_cls: class tokens in front (vision). segments: the
-    position segments that exist here. path: where the blocks are in the model, for messages only.
+    position segments that exist here. drops_cls: whether the model throws the class token of the last live block away
+    (vision). path: where the blocks are in the model, for messages only.
     """
 
     name: str
@@ -34,16 +35,20 @@ class Site:
     num_live: int
     dead_because: str = ""
     num_cls: int = 0
+    drops_cls: bool = False
 
     @property
     def edits_input(self) -> bool:
         """Whether the edit acts on the input of the block rather than on its output."""
         return self.name == "connector"
 
-    def resolve_layers(self, layers: str | tuple[int, ...]) -> tuple[int, ...]:
-        """Return block numbers from 0. Raises ValueError for a layer that is not there or never read."""
+    def resolve_layers(self, layers: str | tuple[int, ...], segment: str) -> tuple[int, ...]:
+        """Return block numbers from 0. Raises ValueError for a layer that is not there, or whose edit is never read."""
+        drops = self.drops_cls and segment == "cls"
+        num_live = self.num_live - 1 if drops else self.num_live
+        dead_because = f"the model drops the class token behind layer {num_live}" if drops else self.dead_because
         if layers == "all":
-            return tuple(range(self.num_live))
+            return tuple(range(num_live))
         resolved = []
         for layer in layers:
             assert isinstance(layer, int)
@@ -53,10 +58,10 @@ class Site:
                     f"{'s' if len(self.blocks) > 1 else ''}, 0 to {len(self.blocks) - 1}"
                 )
             resolved.append(layer % len(self.blocks))
-            if resolved[-1] >= self.num_live:
+            if resolved[-1] >= num_live:
                 raise ValueError(
-                    f"layer {layer} of site '{self.name}' can never matter: {self.dead_because}; "
-                    f"use layers 0 to {self.num_live - 1}"
+                    f"layer {layer} of site '{self.name}' can never matter: {dead_because}; "
+                    f"use layers 0 to {num_live - 1}"
                 )
         if len(set(resolved)) != len(resolved):
             raise ValueError(f"`layers` (={list(layers)}) names a layer of site '{self.name}' twice")
@@ -142,7 +147,8 @@ def _vision_site(model: PreTrainedModel, path: str, blocks: nn.Module) -> Site:
         num_live = max(state if state >= 0 else num_blocks + 1 + state for state in states)
         dead_because = f"{type(model).__name__} reads the output of layer {num_live - 1} (vision_feature_layer={read})"
     site = _site(model, "vision", path, blocks, ("prompt", "patches") + (("cls",) if num_cls else ()))
-    return Site(site.name, site.blocks, site.width, site.owner, path, site.segments, num_live, dead_because, num_cls)
+    drops_cls = getattr(model.config, "vision_feature_select_strategy", None) == "default"
+    return replace(site, num_live=num_live, dead_because=dead_because, num_cls=num_cls, drops_cls=drops_cls)
 
 
 def _outermost_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import GenerationMixin, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
 
-from vlreft.attach import Reft, find_only_reft
 from vlreft.data import Collator
-from vlreft.hooks import refuse_bad_labels
-from vlreft.layout import prompt_from_labels
+from vlreft.layout import prompt_from_labels, refuse_bad_labels
 from vlreft.prefix import PrefixReuse
+from vlreft.reft import Reft, find_only_reft
 
 logger = logging.getLogger("vlreft")
 
@@ -150,7 +149,7 @@ class ReftTrainer(ReftMixin, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         args: TrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,

@@ -1,4 +1,4 @@
-"""`attach`, `load` and `Reft`: put interventions on the model the user already has, in place, and take them off."""
+"""`Reft`, `attach` and `load`: put interventions on the model the user already has, in place, and take them off."""
 
 import os
 import re
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from vlreft.checkpoint import Base, Checkpoint, check_base, copy_tensors, read_checkpoint, write_checkpoint
 from vlreft.config import Intervention, ReftConfig
-from vlreft.hooks import Placed, Runtime, Switch, forget_compiled_graphs
+from vlreft.hooks import Runtime, forget_compiled_graphs
 from vlreft.interventions import Edit
 from vlreft.layout import text_layout
+from vlreft.placed import Placed, Switch
 from vlreft.sites import Site, Sites, find_sites
 
 CHILD_NAME = "vlreft"
@@ -78,7 +79,10 @@ class Reft:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the frozen base, bit for bit, inside; the interventions are back afterwards, also after an exception."""
+        """Switch these interventions off inside, and back on afterwards, also after an exception.
+
+        Where no others are attached, what runs inside is the frozen base, bit for bit.
+        """
         before = self._switch.on
         self._set(False)
         try:
@@ -248,7 +252,7 @@ def _plan(config: ReftConfig, sites: Sites) -> list[tuple[str, Intervention, Sit
                 f"positions '{item.positions}': site '{site.name}' of {sites.model_name} has no segment '{segment}'"
                 f"{why}; it has {have}"
             )
-        for layer in site.resolve_layers(item.layers):  # pyright: ignore[reportArgumentType] - normalised in __post_init__
+        for layer in site.resolve_layers(item.layers, segment):  # pyright: ignore[reportArgumentType] - normalised in __post_init__
             if item.rank is not None and item.rank > site.width:
                 raise ValueError(
                     f"`rank` (={item.rank}) must be at most the hidden size (={site.width}) of site '{site.name}' "
@@ -273,10 +277,13 @@ def _device_of(block: nn.Module) -> torch.device:
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
     if device.type != "meta":
         return device
-    own = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
-    for hook in [single for several in own for single in getattr(several, "hooks", (several,))]:
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+
+    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]  # accelerate's mark on a module
+    for several in hooks:
+        for hook in several.hooks if isinstance(several, SequentialHook) else (several,):
+            if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
+                return torch.device(hook.execution_device)
     return device
 
 

@@ -1,6 +1,6 @@
 """Teach a frozen vision-language model to caption in a new style.
 
-    python examples/caption.py                                       # the demo: about two minutes on two cores
+    python examples/caption.py                                       # the demo: about a minute on two cores
     python examples/caption.py --model llava-hf/llava-1.5-7b-hf --data FOLDER --test-split val --lr 9e-4 --epochs 1
 
 FOLDER holds captions in COCO's format and its image folders. A style spans the whole caption, and edits of the prompt
@@ -16,7 +16,7 @@ from vlreft.datasets import load_captions
 
 def main() -> None:
     """Train, compare with the base, save, and load the adapter back into a fresh base."""
-    parser = command_line(__doc__, "demo-llava", "demo-vqa/short", "runs/caption", epochs=20)
+    parser = command_line(__doc__, "demo-llava", "demo-vqa/short", "runs/caption", lr=3e-2, epochs=8)
     parser.add_argument("--train-split", default="train")
     parser.add_argument("--test-split", default="test")
     args = parser.parse_args()

@@ -21,14 +21,16 @@ import matplotlib.pyplot as plt
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def command_line(description: str | None, model: str, data: str, output: str, epochs: float) -> argparse.ArgumentParser:
+def command_line(
+    description: str | None, model: str, data: str, output: str, *, lr: float, epochs: float
+) -> argparse.ArgumentParser:
     """Return a parser with the options of all scripts; names of models and data are below `assets/` by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ASSETS / model), help="a folder or a name on the hub")
     parser.add_argument("--data", default=str(ASSETS / data))
     parser.add_argument("--output", default=output)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--epochs", type=float, default=epochs)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=32)

@@ -17,7 +17,7 @@ from vlreft.datasets import load_jsonl
 
 def main() -> None:
     """Train, compare with the base, save, and load the adapter back into a fresh base."""
-    parser = command_line(__doc__, "demo-lm", "demo-vqa/lm_code", "runs/finetune_lm", epochs=5)
+    parser = command_line(__doc__, "demo-lm", "demo-vqa/lm_code", "runs/finetune_lm", lr=1e-2, epochs=5)
     parser.add_argument("--positions", default="l4")
     parser.add_argument("--tied", action="store_true", help="one intervention for all `+` parts of the positions")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Teach a frozen vision-language model to answer a new kind of question, by editing a few hidden states.
 
     python examples/finetune_vqa.py                                  # the demo: about a minute on two cores
-    python examples/finetune_vqa.py --data assets/demo-vqa/refuse --edit text=image:all --edit text=prompt:l4
+    python examples/finetune_vqa.py --data assets/demo-vqa/refuse --edit text=image:all --edit text=prompt:l4 --lr 3e-2
     python examples/finetune_vqa.py --data assets/demo-vqa/bgr --edit vision=prompt
     python examples/finetune_vqa.py --model llava-hf/llava-1.5-7b-hf --data FOLDER --test-split val --lr 9e-4 --epochs 1
 
@@ -21,7 +21,7 @@ from vlreft.datasets import load_vqa
 
 def main() -> None:
     """Train, compare with the base, save, and load the adapter back into a fresh base."""
-    parser = command_line(__doc__, "demo-llava", "demo-vqa/code", "runs/finetune_vqa", epochs=3)
+    parser = command_line(__doc__, "demo-llava", "demo-vqa/code", "runs/finetune_vqa", lr=1e-2, epochs=3)
     parser.add_argument("--train-split", default="train")
     parser.add_argument("--test-split", default="test")
     parser.add_argument("--edit", action="append", metavar="SITE=POSITIONS", help="default: text=prompt:l4")

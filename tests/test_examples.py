@@ -29,14 +29,14 @@ def run_script(name, output, *options):
         ("finetune_vqa", (), 0.02, 0.95, 4112),
         (
             "finetune_vqa",
-            ("--data", f"{DATA}/refuse", "--edit", "text=image:all", "--edit", "text=prompt:l4"),
+            ("--data", f"{DATA}/refuse", "--edit", "text=image:all", "--edit", "text=prompt:l4", "--lr", "3e-2"),
             0.5,
             0.90,
             8224,
         ),
-        ("finetune_vqa", ("--data", f"{DATA}/bgr", "--edit", "vision=prompt", "--epochs", "4"), 0.75, 0.80, 4112),
+        ("finetune_vqa", ("--data", f"{DATA}/bgr", "--edit", "vision=prompt"), 0.70, 0.80, 4112),
         ("finetune_lm", (), 0.05, 0.95, 4112),
-        ("caption", (), 0.02, 0.50, 8224),
+        ("caption", (), 0.02, 0.70, 8224),
     ],
     ids=["new words", "conditional answer", "swapped colours", "text only", "caption style"],
 )

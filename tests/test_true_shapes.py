@@ -218,12 +218,12 @@ def test_edits_land_where_the_ids_say(world, attach):
 
 def test_tower_edits_land_on_patches_and_never_on_the_class_token(world, attach):
     family, segments = world.family, ["patches"] + ["cls"] * world.family.num_cls
-    items = [vlreft.Intervention("vector", site="vision", layers=1, positions=name) for name in segments]
+    items = [vlreft.Intervention("vector", site="vision", layers=0, positions=name) for name in segments]
     reft = attach(*items)
     mark(reft)
     batch = world.collator.prompts([world.row(0), world.row(1, 2)])
     features = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
-    with torch.no_grad(), recorded(tower_blocks(world.model)[1]) as changes:
+    with torch.no_grad(), recorded(tower_blocks(world.model)[0]) as changes:
         world.model.get_image_features(**features)
     if family.num_cls:
         assert marked(changes[0], 0) == [list(range(1, 1 + num)) for num in family.patches]

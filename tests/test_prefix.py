@@ -107,6 +107,29 @@ def test_checkpointing_and_late_images_take_the_plain_step(attached):
     model.activation_checkpointing_disable()
 
 
+def test_batches_with_and_without_images_are_tried_apart(attached):
+    family = FAMILIES["qwen2_5_vl"]
+    model, reft = attached(family, intervention("loreft", positions="prompt:l2"))
+    model.train()
+    reuse = PrefixReuse(reft, required=True)
+    for samples in (TEXT_ONLY, [SAMPLES[0]] * 2, [SAMPLES[0]] * 2):
+        with reuse.cut(family.batch(samples)) as rest:
+            model(**rest).loss.backward()
+    assert len(reuse.tried) == 2
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("without", ["attention_mask", "labels"])
+def test_a_batch_that_says_too_little_takes_the_plain_step(attached, without):
+    _, reft = attached("llama", intervention("loreft", positions="prompt:l2"))
+    batch = FAMILIES["llama"].batch(TEXT_ONLY)
+    del batch[without]
+    with PrefixReuse(reft, required=False).cut(batch) as rest:
+        assert rest == batch
+    with pytest.raises(ValueError, match="a batch must have"), PrefixReuse(reft, required=True).cut(batch):
+        pass
+
+
 def saved_bytes(run):
     sizes = {}
 
@@ -148,6 +171,11 @@ def train(tmp_path, reuse_prefix, **more):
     trainer = vlreft.ReftTrainer(model, arguments, vlreft.Collator(processor), rows, reuse_prefix=reuse_prefix)
     loss = trainer.train().training_loss
     return loss, [parameter.detach().clone() for parameter in reft.parameters()]
+
+
+def test_a_compiled_run_takes_the_plain_step(tmp_path):
+    with pytest.raises(ValueError, match="torch_compile"):
+        train(tmp_path, reuse_prefix=True, torch_compile=True, torch_compile_backend="eager")
 
 
 @pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.1}, {"gradient_accumulation_steps": 2}], ids=str)

@@ -5,7 +5,8 @@ Shape suffixes: B = rows, L = tokens of the batch, T = tokens behind the prefix,
 In a causal decoder the states of the tokens before the first edited position depend on no trainable number. So a
 training step may run them without a graph, keep their keys and values in the model's own cache, and build the graph for
 the question and the answer alone. The gradients are those of the plain step; memory and backward no longer follow the
-image. Whether a model allows it is not looked up but tried: its first batch runs both ways and the logits are compared.
+image. Whether a model allows it is not looked up but tried: the first batch with images, and the first without, runs
+both ways and the logits are compared.
 """
 
 import inspect
@@ -28,6 +29,7 @@ logger = logging.getLogger("vlreft")
 
 # Inputs whose last dimension runs along the tokens, and which are cut with them.
 ALONG_THE_TOKENS = ("input_ids", "labels", "prompt_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+NEEDED = frozenset({"input_ids", "attention_mask", "labels"})
 # Below this many tokens a second call of the model costs more than the graph of the prefix.
 WORTHWHILE = 16
 # What one call and two may differ by, relative to the largest logit: rounding of another order of summation.
@@ -45,7 +47,7 @@ class PrefixReuse:
         self.reft = reft
         self.required = required
         self.refusal = ""
-        self.is_tried = False
+        self.tried: set[frozenset[str]] = set()
         self._refuse(_forbidden_by(reft))
 
     @contextmanager
@@ -55,8 +57,9 @@ class PrefixReuse:
         Yields the batch as it is where there is nothing to reuse.
         """
         length = 0 if self.refusal else self._prefix_length(inputs)
-        if length and not self.is_tried:
-            self.is_tried = True
+        kind = frozenset(inputs)  # a batch with images takes another way through the model than one without
+        if length and kind not in self.tried:
+            self.tried.add(kind)
             self._refuse(self._difference(inputs, length))
         if self.refusal or not length:
             yield dict(inputs)
@@ -85,6 +88,12 @@ class PrefixReuse:
 
     def _prefix_length(self, inputs: Mapping[str, Any]) -> int:
         """Return how many columns come before every edit and every prediction, and hold all images; 0 if too few."""
+        if _is_checkpointing(self.reft.model):
+            self._refuse("gradient checkpointing switches the cache off")
+        if not NEEDED <= inputs.keys() or inputs["labels"].shape != inputs["input_ids"].shape:
+            self._refuse(f"a batch must have {', '.join(sorted(NEEDED))}, one label for each token")
+        if self.refusal:
+            return 0
         layout, labels_BL = self._layout(inputs), inputs["labels"]
         predicts_BL = F.pad(labels_BL[:, 1:] != -100, (0, 1))
         needed_L = (self.reft.runtime.edited(layout) | predicts_BL).any(0)
@@ -94,8 +103,6 @@ class PrefixReuse:
         if self.required and (length == 0 or late_image):
             why = f"an image stands behind column {length}" if late_image else "its first token is edited"
             raise ValueError(f"`reuse_prefix=True` is not possible for this batch: {why}; use 'auto'")
-        if _is_checkpointing(self.reft.model):
-            self._refuse("gradient checkpointing switches the cache off")
         return 0 if late_image or length < (1 if self.required else WORTHWHILE) else length
 
     @torch.no_grad()

@@ -77,7 +77,11 @@ class ReftMixin(_TrainerType):
             return super().compute_loss(model, rest, return_outputs, num_items_in_batch)
 
     def _prefix_reuse(self) -> PrefixReuse | None:
-        if self.reuse_prefix is False:
+        # A sharded model hangs unless all ranks call it equally often; a compiled one is compiled anew for each length.
+        forbidden = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
+        if forbidden and self.reuse_prefix is True:
+            raise ValueError("`reuse_prefix=True` goes with neither FSDP, DeepSpeed nor torch_compile; use 'auto'")
+        if forbidden or self.reuse_prefix is False:
             return None
         if self._reuse is None:
             self._reuse = PrefixReuse(self.reft, required=self.reuse_prefix is True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,33 @@ def test_script_reaches_its_figures(tmp_path, name, options, base_at_most, reft_
     assert results["adapter_bytes"] < 64_000
     assert results["train_seconds"] > 0
     assert results["seed"] == 0
+
+
+def official_folder(folder, split, ours):
+    """Write the first questions of a demo split down as VQAv2 does: its file names, its image folders."""
+    demo = ROOT / DATA
+    for kind, name in (
+        ("questions", "v2_OpenEnded_mscoco_{}2014_questions"),
+        ("annotations", "v2_mscoco_{}2014_annotations"),
+    ):
+        data = json.loads((demo / "code" / f"{ours}_{kind}.json").read_text())
+        data[kind] = data[kind][:12]
+        (folder / f"{name.format(split)}.json").write_text(json.dumps(data))
+    images = folder / f"{split}2014"
+    images.mkdir()
+    for image_id in {row["image_id"] for row in data["annotations"]}:
+        source = demo / "images" / ours / f"DEMO_{ours}_{image_id:012d}.png"
+        shutil.copy(source, images / f"COCO_{split}2014_{image_id:012d}.png")
+
+
+@pytest.mark.slow
+def test_script_takes_a_folder_as_vqav2_has_it(tmp_path):
+    official_folder(tmp_path, "train", "train")
+    official_folder(tmp_path, "val", "test")
+    options = ("--data", str(tmp_path), "--test-split", "val", "--epochs", "1", "--edit", "text=question:f4+l4")
+    results = run_script("finetune_vqa", tmp_path / "out", *options)
+    assert results["num_test"] == 12
+    assert results["trainable_parameters"] == 2 * 4112
 
 
 @pytest.mark.parametrize("name", ["finetune_vqa", "finetune_lm", "caption"])

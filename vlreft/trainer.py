@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
 
@@ -63,11 +64,12 @@ class ReftMixin(_TrainerType):
         if isinstance(model, nn.DataParallel):
             raise ValueError("torch.nn.DataParallel copies the hooks without their model; use `accelerate launch`")
         labels = inputs.get("labels")
-        if isinstance(self.reft.model, GenerationMixin) and isinstance(labels, Tensor) and "prompt_mask" not in inputs:
+        is_generative = isinstance(self.reft.model, GenerationMixin)
+        if is_generative and isinstance(labels, Tensor) and "prompt_mask" not in inputs:
             if labels.device.type == "cpu" or self.state.global_step == 0:  # elsewhere looking costs a synchronisation
                 refuse_bad_labels(labels)
             inputs = {**inputs, "prompt_mask": prompt_from_labels(labels)}
-        if self.label_smoother is not None and self._loss_shifts_labels:
+        if is_generative and isinstance(self.label_smoother, LabelSmoother):
             # transformers shifts the labels for text-only models alone; a vision-language model would learn to repeat
             # the token that it is reading.
             self.label_smoother = partial(self.label_smoother, shift_labels=True)

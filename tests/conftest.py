@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family import Family
 from torch import Tensor
 from transformers import PreTrainedModel
-from zoo import FAMILIES, Family, shake
+from zoo import FAMILIES, shake
 
 import vlreft
 from vlreft.reft import find_reft

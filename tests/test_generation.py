@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from family import PAD, SAMPLES, TEXT_ONLY, Family, Sample
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
-from zoo import FAMILIES, PAD, SAMPLES, TEXT_ONLY, Family, Sample, Spy, intervention, plain_positions
+from zoo import FAMILIES, Spy, intervention, plain_positions
 
 import vlreft
+from vlreft.hooks import cache_in, cache_name
 
 ROWS = tuple(FAMILIES.values())
 MODES: dict[str, dict[str, Any]] = {
@@ -359,13 +361,13 @@ def test_a_continued_cache_needs_to_be_told_the_prompt(family, positions, kind, 
                 else StaticCache(config, max_cache_len=2 * labels.shape[1])
             )
             with reft.prompt(ids, mask):
-                before = model(**first, past_key_values=cache).logits
-                after = model(**second, past_key_values=cache).logits
+                before = model(**first, **{cache_name(model): cache}).logits
+                after = model(**second, **{cache_name(model): cache}).logits
             torch.testing.assert_close(torch.cat([before, after], 1), whole, rtol=1e-5, atol=1e-5)
             with pytest.raises(ValueError, match="continues a cache"):
-                model(**second, past_key_values=cache)
+                model(**second, **{cache_name(model): cache})
             with reft.disabled():
-                model(**second, past_key_values=cache)
+                model(**second, **{cache_name(model): cache})
 
 
 @pytest.mark.parametrize("family", [FAMILIES["llama"], FAMILIES["gpt2"]], ids=str)
@@ -378,7 +380,7 @@ def test_a_second_turn_continues_the_first_ones_cache(family, attached):
     mask = torch.ones_like(ids)
     options = family.generation(return_dict_in_generate=True, output_logits=True)
     anew = model.generate(ids, attention_mask=mask, **options)
-    continued = model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **options)
+    continued = model.generate(ids, attention_mask=mask, **{cache_name(model): cache_in(first.values())}, **options)
     assert continued.sequences.equal(anew.sequences)
     for a, b in zip(continued.logits, anew.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

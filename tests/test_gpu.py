@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from zoo import FAMILIES, SAMPLES, intervention, shake
+from family import SAMPLES
+from zoo import FAMILIES, intervention, shake
 
 import vlreft
 

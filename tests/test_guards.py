@@ -33,7 +33,7 @@ ARROWS = {
     "hooks": {"layout", "placed", "positions", "sites"},
     "checkpoint": {"config"},
     "reft": {"checkpoint", "config", "hooks", "interventions", "layout", "placed", "sites"},
-    "prefix": {"layout", "positions", "reft"},
+    "prefix": {"hooks", "layout", "positions", "reft"},
     "trainer": {"data", "layout", "prefix", "reft"},
     "__init__": {"config", "data", "reft", "trainer"},
 }

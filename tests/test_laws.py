@@ -7,18 +7,14 @@ import accelerate
 import pytest
 import torch
 from conftest import assert_clean, hooks_of_vlreft
+from family import SAMPLES, TEXT_ONLY, WITH_IMAGES, Family, Sample
 from torch import Tensor
 from zoo import (
     FAMILIES,
     IDENTITIES,
     INTERVENTIONS,
-    SAMPLES,
     SELECTS,
-    TEXT_ONLY,
     TEXT_POSITIONS,
-    WITH_IMAGES,
-    Family,
-    Sample,
     Spy,
     intervention,
     plain_positions,

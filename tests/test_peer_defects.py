@@ -11,25 +11,14 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from family import SAMPLES, TEXT_ONLY, Sample
 from PIL import Image
 from processors import pad_is_eos_tokenizer, tiny_llava_model, tiny_llava_processor, tiny_text_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForSequenceClassification, TrainingArguments
-from zoo import (
-    FAMILIES,
-    INTERVENTIONS,
-    SAMPLES,
-    TEXT_ONLY,
-    Sample,
-    Spy,
-    intervention,
-    plain_positions,
-    plain_rotation,
-    shake,
-    token_loss,
-)
+from zoo import FAMILIES, INTERVENTIONS, Spy, intervention, plain_positions, plain_rotation, shake, token_loss
 
 import vlreft
 from vlreft import hooks

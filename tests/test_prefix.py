@@ -4,10 +4,11 @@ import logging
 
 import pytest
 import torch
+from family import SAMPLES, TEXT_ONLY
 from processors import tiny_llava_model, tiny_llava_processor, tiny_paligemma_model, tiny_paligemma_processor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainingArguments
-from zoo import FAMILIES, SAMPLES, TEXT_ONLY, intervention, shake
+from zoo import FAMILIES, intervention, shake
 
 import vlreft
 from vlreft.prefix import PrefixReuse

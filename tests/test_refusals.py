@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache
 
 import vlreft
+from vlreft.hooks import cache_name
 
 
 def item(**settings):
@@ -286,14 +287,14 @@ def test_continuing_a_cache_outside_of_generate():
     ids_BL, cache = text_batch()["input_ids"], DynamicCache(config=model.config)
     whole = model(input_ids=ids_BL[:, :6]).logits
     with reft.prompt(ids_BL[:, :6]):
-        first = model(input_ids=ids_BL[:, :4], past_key_values=cache)
+        first = model(input_ids=ids_BL[:, :4], **{cache_name(model): cache})
     with (
         untouched(model),
         pytest.raises(ValueError, match=r"run it inside `with reft.prompt\(input_ids, attention_mask\):`"),
     ):
-        model(input_ids=ids_BL[:, 4:6], past_key_values=cache)
+        model(input_ids=ids_BL[:, 4:6], **{cache_name(model): cache})
     with reft.prompt(ids_BL[:, :6]):
-        second = model(input_ids=ids_BL[:, 4:6], past_key_values=cache)
+        second = model(input_ids=ids_BL[:, 4:6], **{cache_name(model): cache})
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-5, rtol=1e-5)
 
 

@@ -215,7 +215,7 @@ def test_worker_processes_give_the_same_weights(kind, tmp_path):
 
 
 def test_a_compiled_model_trains_and_saves(tmp_path):
-    """Compiled by a backend that changes no numbers; it is the wrapping that could lose the interventions."""
+    """Compiled by a backend that only rounds anew; it is the wrapping that could lose the interventions."""
     kind, ends = KINDS["text"], []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model, reft = kind.attached()
@@ -223,7 +223,7 @@ def test_a_compiled_model_trains_and_saves(tmp_path):
         trainer_for(kind, model, tmp_path, rows=kind.rows(1) * 8, **options).train()
         ends.append(numbers(reft))
         assert same(numbers(vlreft.load(kind.model(), tmp_path / "checkpoint-2")), ends[-1])
-    assert same(*ends)
+    assert distance(*ends) < 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -604,8 +604,7 @@ def test_batches_without_labels_are_evaluated_as_prompts(kind, tmp_path):
     trainer = trainer_for(kind, model, tmp_path, parts=collate, per_device_eval_batch_size=1)
     output = trainer.predict(batches)
     assert "test_loss" not in output.metrics
-    predictions = output.predictions[0] if kind.has_images else output.predictions  # LLaVA returns image features too
-    for batch, logits in zip(batches, predictions, strict=True):
+    for batch, logits in zip(batches, output.predictions, strict=True):
         with torch.no_grad():
             expected = model(**batch).logits[0].numpy()
         kept = logits[(logits != -100).any(-1)]
@@ -746,7 +745,7 @@ def test_training_frozen_interventions_is_refused(kind, tmp_path):
     """What peft does to a model when LoRA is put beside the interventions."""
     peft = pytest.importorskip("peft")
     model, _ = kind.attached()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
     with pytest.raises(ValueError, match=r"'default' are frozen.*call `vlreft\.attach` last"):
         trainer_for(kind, model, tmp_path).train()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from family import PAD, Family, Token, llama_sizes, loud, noise, pixels
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -37,189 +38,35 @@ import vlreft
 ROOT = Path(__file__).parent.parent
 ASSETS = ("demo-llava",)  # families whose weights are files, which a checkout may lack
 
-# Samples -----------------------------------------------------------------------------------------------------------
-
-IMAGE = -1  # where a picture stands in a sample's prompt
-PAD = 0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and its answer as token numbers below 30 and pictures."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-SAMPLES = (
-    Sample((5, 8, IMAGE, 11, 12, 13, 14, 15, 16), (20, 21)),
-    Sample((6, 17, 18, 9), (22, 23, 24)),
-    Sample((7, IMAGE, 10, IMAGE, 19, 25, 26), (27,)),
-)
-TEXT_ONLY = (SAMPLES[1], Sample((5, 11, 12, 13, 14, 15), (20, 21)))
-WITH_IMAGES = (SAMPLES[0], SAMPLES[2])
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a row, as the plain reimplementation of the position language below sees it."""
-
-    index: int
-    is_image: bool
-    is_answer: bool
-
-
 # Families ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row: how to build a model and what to feed it.
-
-    build: makes the model, the same every time. media: turns pictures (their numbers) into keyword arguments.
-    image_tokens: the ids that stand for one picture. image_id: which of them is replaced by features. text, vision:
-    the paths of the blocks. vision_tokens: tokens of a picture in the tower, class tokens included; packed: whether the
-    tower runs all pictures as one row. first_id: added to a sample's numbers, so that they avoid special ids.
-    position_ids: whether to say them, for a model that would count pads. extra: makes further arguments from the batch.
-    takes_fullgraph: whether the base alone compiles without a graph break.
-    """
-
-    name: str
-    build: Callable[[], PreTrainedModel]
-    text: str
-    vision: str = ""
-    media: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
-    image_tokens: tuple[int, ...] = ()
-    image_id: int = -1
-    vision_tokens: int = 0
-    num_cls: int = 0
-    packed: bool = False
-    first_id: int = 0
-    position_ids: bool = False
-    extra: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-    takes_fullgraph: bool = True
-
-    def __str__(self) -> str:
-        """Name it in test ids."""
-        return self.name
-
-    @property
-    def has_image(self) -> bool:
-        """Whether it takes pictures."""
-        return self.media is not None
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The sites it must be found to have."""
-        return ("text", "vision", "connector") if self.has_image else ("text",)
-
-    def generation(self, num_tokens: int = 4, **more: Any) -> dict[str, Any]:
-        """Return greedy arguments of `generate`; an image token must not be generated, no picture goes with it."""
-        banned = {"suppress_tokens": sorted(set(self.image_tokens))} if self.has_image else {}
-        return {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": PAD, **banned, **more}
-
-    def blocks(self, model: PreTrainedModel, site: str) -> Sequence[torch.nn.Module]:
-        """Return the blocks of a site by their written path, not by the library's search."""
-        return model.get_submodule(self.vision if site == "vision" else self.text)  # pyright: ignore
-
-    def prompt_ids(self, sample: Sample) -> list[int]:
-        """Return the ids of a sample's prompt."""
-        ids: list[int] = []
-        for token in sample.prompt:
-            ids += (self.image_tokens if self.has_image else ()) if token == IMAGE else (token + self.first_id,)
-        return ids
-
-    def answer_ids(self, sample: Sample) -> list[int]:
-        """Return the ids of a sample's answer."""
-        return [token + self.first_id for token in sample.answer]
-
-    def tokens(self, sample: Sample, *, answer: bool = True) -> list[Token]:
-        """Return what each token of a sample is, counted from its first one."""
-        prompt = self.prompt_ids(sample)
-        ids = prompt + (self.answer_ids(sample) if answer else [])
-        return [Token(i, token_id == self.image_id, i >= len(prompt)) for i, token_id in enumerate(ids)]
-
-    def pictures(self, samples: Sequence[Sample]) -> list[int]:
-        """Return a number for each picture of the samples; the same sample has the same pictures in any batch."""
-        return [
-            31 * sample.prompt[0] + place
-            for sample in samples
-            for place, token in enumerate(sample.prompt)
-            if token == IMAGE and self.has_image
-        ]
-
-    def batch(
-        self, samples: Sequence[Sample], *, side: str = "right", answer: bool = True, more_pads: int = 0
-    ) -> dict[str, Tensor]:
-        """Write samples down as the model's arguments; with `answer`, its labels too."""
-        rows = [self.prompt_ids(s) + (self.answer_ids(s) if answer else []) for s in samples]
-        labels = [[-100] * len(self.prompt_ids(s)) + self.answer_ids(s) for s in samples]
-        width = max(map(len, rows)) + more_pads
-
-        def pad(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-            fills = [[fill] * (width - len(row)) for row in values]
-            pairs = zip(values, fills, strict=True)
-            return torch.tensor([[*f, *row] if side == "left" else [*row, *f] for row, f in pairs])
-
-        made = {"input_ids": pad(rows, PAD), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
-        if answer:
-            made["labels"] = pad(labels, -100)
-        if self.position_ids:
-            made["position_ids"] = (made["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        if self.media is not None and (pictures := self.pictures(samples)):
-            made |= self.media(pictures)
-        return made | (self.extra(made) if self.extra is not None else {})
-
-
-def _loud(model: PreTrainedModel) -> PreTrainedModel:
-    """Redraw all weights so that states stay of order one and no gate is shut."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() >= 2:
-                is_table = any(word in name for word in ("embed", "wte", "wpe"))
-                parameter.copy_(noise * parameter[0].numel() ** (-0.25 if is_table else -0.5))
-            else:
-                parameter.add_(0.1 * noise)
-    return model.eval()
-
-
-def _llama_sizes(**more: Any) -> dict[str, Any]:
-    return {
-        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
-        **{"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None},
-        **more,
-    }
-
-
 def _llama() -> PreTrainedModel:
-    return _loud(LlamaForCausalLM(LlamaConfig(**_llama_sizes())))
+    return loud(LlamaForCausalLM(LlamaConfig(**llama_sizes())))
 
 
 def _qwen2() -> PreTrainedModel:
-    return _loud(Qwen2ForCausalLM(Qwen2Config(**_llama_sizes())))
+    return loud(Qwen2ForCausalLM(Qwen2Config(**llama_sizes())))
 
 
 def _gpt2() -> PreTrainedModel:
     sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None}
-    return _loud(GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **ids)))
+    return loud(GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **ids)))
 
 
 def _llava() -> PreTrainedModel:
     vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **vision),
-        text_config=LlamaConfig(**_llama_sizes()),
+        text_config=LlamaConfig(**llama_sizes()),
         image_token_id=60,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=4,
     )
-    return _loud(LlavaForConditionalGeneration(config))
+    return loud(LlavaForConditionalGeneration(config))
 
 
 def _qwen25vl() -> PreTrainedModel:
@@ -230,14 +77,14 @@ def _qwen25vl() -> PreTrainedModel:
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     config = Qwen2_5_VLConfig(
-        text_config=_llama_sizes(rope_parameters=rope),
+        text_config=llama_sizes(rope_parameters=rope),
         vision_config=vision,
         image_token_id=60,
         video_token_id=61,
         vision_start_token_id=62,
         vision_end_token_id=63,
     )
-    return _loud(Qwen2_5_VLForConditionalGeneration(config))
+    return loud(Qwen2_5_VLForConditionalGeneration(config))
 
 
 def _demo(folder: str) -> Callable[[], PreTrainedModel]:
@@ -249,17 +96,9 @@ def _demo(folder: str) -> Callable[[], PreTrainedModel]:
     return build
 
 
-def _noise(picture: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(picture))
-
-
-def _pixels(size: int) -> Callable[[Sequence[int]], dict[str, Tensor]]:
-    return lambda pictures: {"pixel_values": torch.stack([_noise(picture, 3, size, size) for picture in pictures])}
-
-
 def _qwen_patches(pictures: Sequence[int]) -> dict[str, Tensor]:
     """Pictures of 4 x 4 patches of 2 x 3 x 14 x 14 numbers, merged by fours to 4 tokens."""
-    patches = torch.cat([_noise(picture, 16, 2 * 3 * 14 * 14) for picture in pictures])
+    patches = torch.cat([noise(picture, 16, 2 * 3 * 14 * 14) for picture in pictures])
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * len(pictures))}
 
 
@@ -278,7 +117,7 @@ FAMILIES: dict[str, Family] = {
             _llava,
             text="model.language_model.layers",
             vision="model.vision_tower.encoder.layers",
-            media=_pixels(28),
+            media=pixels(28),
             image_tokens=(60,) * 4,
             image_id=60,
             vision_tokens=5,
@@ -293,7 +132,7 @@ FAMILIES: dict[str, Family] = {
             image_tokens=(62, 60, 60, 60, 60, 63),
             image_id=60,
             vision_tokens=16,
-            packed=True,
+            states="packed",
             extra=_qwen_token_types,
             takes_fullgraph=False,
         ),
@@ -302,7 +141,7 @@ FAMILIES: dict[str, Family] = {
             _demo("demo-llava"),
             text="model.language_model.layers",
             vision="model.vision_tower.encoder.layers",
-            media=_pixels(64),
+            media=pixels(64),
             image_tokens=(4,) * 64,
             image_id=4,
             vision_tokens=65,

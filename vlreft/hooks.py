@@ -11,7 +11,7 @@ caches, beams, assisted decoding and recomputation without a cache all agree.
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -197,8 +197,8 @@ class Runtime:
         if tokens is None:
             raise ValueError("the model was called without `input_ids` and `inputs_embeds`: positions need tokens")
         shape, labels = (tokens.shape[0], tokens.shape[1]), call.get("labels")
-        cache = call.get("past_key_values")
-        if isinstance(cache, Cache) and _is_filled(cache):
+        cache = cache_in(call.values())
+        if cache is not None and _is_filled(cache):
             raise ValueError(
                 "a forward that continues a cache outside of `generate`: nothing says which tokens are the prompt; "
                 "run it inside `with reft.prompt(input_ids, attention_mask):`"
@@ -244,9 +244,9 @@ class Runtime:
 
     def _text_starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = dict(zip(self._owner_names, args, strict=False)) | kwargs
-        cache = call.get("past_key_values")
-        self.selections, self.offset, self.has_cache = {}, 0, isinstance(cache, Cache)
-        if isinstance(cache, Cache):
+        cache = cache_in(call.values())
+        self.selections, self.offset, self.has_cache = {}, 0, cache is not None
+        if cache is not None:
             # A static cache hands out its live counter, which moves while the blocks run: copy it.
             length = cache.get_seq_length()
             self.offset = length + 0
@@ -354,6 +354,20 @@ class Runtime:
         num_rows, num_tokens = (1, h.shape[0]) if packed else (h.shape[0], h.shape[1])
         masks = placed.positions.masks(tower_layout(num_tokens, site.num_cls, h.device))
         return select(placed.join(masks).expand(num_rows, -1), placed.num_slots)
+
+
+def cache_in(values: Iterable[object]) -> Cache | None:
+    """Return the cache among a call's or an output's values: transformers 5.24 changed its name, not its type."""
+    for value in values:
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return what the model's forward calls its cache, "" if it takes none."""
+    names = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), "")
 
 
 def _is_filled(cache: Cache) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlreft.hooks import cache_in, cache_name
 from vlreft.layout import TokenLayout
 from vlreft.positions import All, First, Slice, Uniform
 from vlreft.reft import Reft
@@ -77,9 +78,9 @@ class PrefixReuse:
             prefix["logits_to_keep"] = 1
         layout = self._layout(inputs)
         with torch.no_grad(), self.reft.runtime.muted():
-            cache = model(**prefix, use_cache=True).past_key_values
+            cache = cache_in(model(**prefix, use_cache=True).values())
         rest = {name: inputs[name][..., length:] for name in ALONG_THE_TOKENS if name in inputs}
-        rest |= {"attention_mask": inputs["attention_mask"], "past_key_values": cache, "use_cache": True}
+        rest |= {"attention_mask": inputs["attention_mask"], cache_name(model): cache, "use_cache": True}
         with self.reft.runtime.scope(layout):
             yield rest
 
@@ -163,7 +164,7 @@ def _forbidden_by(reft: Reft) -> str:
     model = reft.model
     if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
         return f"{type(model).__name__} is no causal decoder"
-    if "past_key_values" not in _forward_names(model):
+    if not cache_name(model):
         return f"{type(model).__name__} takes no cache"
     for number, item in enumerate(reft.config.interventions):
         positions = item.parsed_positions

@@ -21,6 +21,9 @@ from vlreft.reft import Reft, find_only_reft
 
 logger = logging.getLogger("vlreft")
 
+# What models put out beside their logits; the Trainer would gather it from all processes as if it were predictions.
+NO_PREDICTIONS = ("cache", "past_key_values", "image_outputs", "image_hidden_states")
+
 AnswerMetrics = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Mapping[str, float]]
 
 if TYPE_CHECKING:
@@ -200,6 +203,8 @@ class ReftTrainer(ReftMixin, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate by loss, then by generated answers if there are `answer_metrics`."""
+        if ignore_keys is None:
+            ignore_keys = [*getattr(self.reft.model.config, "keys_to_ignore_at_inference", ()), *NO_PREDICTIONS]
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.answer_metrics is None:
             return output

@@ -68,6 +68,6 @@ def test_placing_the_edits_does_not_wait_for_the_device(both):
     runtime = models[1].vlreft.runtime
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runtime.edited(runtime.layout_of(batch, None, training=True))
+        runtime.edited(runtime.batches.lay_out("text", batch, runtime.acting("text"), training=True))
     finally:
         torch.cuda.set_sync_debug_mode("default")

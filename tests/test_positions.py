@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vlreft.layout import prompt_from_labels, text_layout, tower_layout
+from vlreft.layout import Vocabulary, prompt_from_labels, text_layout, tower_layout
 from vlreft.positions import SEGMENTS, parse_positions, select
 
 IMAGE_ID = 7
@@ -58,10 +58,10 @@ def layout_of(rows):
     return text_layout(
         (len(rows), len(rows[0])),
         DEVICE,
+        Vocabulary((IMAGE_ID,)),
         input_ids_BL=torch.tensor([[ids[kind] for kind in row] for row in rows]),
         attention_mask_BL=torch.tensor([[int(kind != ".") for kind in row] for row in rows]),
         is_prompt_BL=torch.tensor([[kind not in "aj" for kind in row] for row in rows]),
-        image_token_ids=(IMAGE_ID,),
     )
 
 
@@ -184,7 +184,7 @@ def test_parts_spell_the_selects(text):
 
 
 def test_without_masks_everything_is_prompt():
-    layout = text_layout((2, 3), DEVICE, image_token_ids=())
+    layout = text_layout((2, 3), DEVICE)
     assert layout.mask("prompt").all()
     assert not layout.mask("response").any()
     assert (layout.num_rows, layout.num_tokens) == (2, 3)
@@ -197,7 +197,7 @@ def test_the_prompt_ends_at_the_first_label():
 
 @pytest.mark.parametrize("num_cls", [0, 1, 2])
 def test_tower_segments(num_cls):
-    layout = tower_layout(6, num_cls, DEVICE)
+    layout = tower_layout((1, 6), DEVICE, num_cls)
     assert layout.mask("prompt").all()
     assert layout.mask("patches")[0].nonzero().flatten().tolist() == list(range(num_cls, 6))
     if num_cls:
@@ -216,7 +216,7 @@ def test_tower_segments(num_cls):
     ],
 )
 def test_an_absent_segment_says_why(image_token_ids, input_ids, why):
-    layout = text_layout((1, 3), DEVICE, input_ids_BL=input_ids, image_token_ids=image_token_ids)
+    layout = text_layout((1, 3), DEVICE, Vocabulary(image_token_ids), input_ids_BL=input_ids)
     with pytest.raises(ValueError, match=f"no segment 'image' .*{why}.*the segments are 'prompt', 'response'"):
         parse_positions("image:f1").masks(layout)
 
@@ -285,7 +285,7 @@ def test_slots_are_distinct_and_fillers_are_invalid(extra):
         ("question:g4", 9),
         ("question:f0", 9),
         ("text:image:f4", 5),
-        ("image:rows[2:5]cols[0:3]", 6),
+        ("text:rows[2:5]cols[0:3]", 5),
         ("f4+", 3),
         ("f4+l", 3),
         ("f4+l0", 3),

@@ -53,17 +53,17 @@ REFUSED = [
     (
         shared_llava,
         {"site": "audio"},
-        "LlavaForConditionalGeneration has no site 'audio'; it has 'text', 'vision', 'connector'$",
+        "LlavaForConditionalGeneration has no site 'audio'; it has 'text', 'vision', 'connector', and every module",
     ),
     (
         shared_llama,
         {"positions": "image:f1"},
-        r"'image:f1': site 'text' .*no segment 'image' \(the model is text-only\); it has 'prompt'",
+        r"'image:f1': site 'text' .*no segment 'image' \(its tokens are words alone\); it has 'prompt'",
     ),
     (
         shared_llama,
         {"positions": "patches"},
-        r"no segment 'patches' \(the model is text-only\); it has 'prompt', 'text'",
+        r"no segment 'patches' \(its tokens are words alone\); it has 'prompt', 'text'",
     ),
     (
         shared_llava,
@@ -74,7 +74,7 @@ REFUSED = [
     (
         shared_llava,
         {"site": "vision", "positions": "image"},
-        "site 'vision' .*no segment 'image'; it has 'prompt', 'patches', 'cls'$",
+        "site 'vision' .*no segment 'image'; it has 'prompt', 'cls', 'patches'$",
     ),
     (shared_llava, {"site": "connector", "positions": "l1"}, "site 'connector' .*no segment 'prompt'; it has 'image'$"),
     (
@@ -138,9 +138,15 @@ def test_other_configs(config):
         vlreft.attach(model, config)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "llama"], ids=str)
-def test_other_models(model):
-    with pytest.raises(TypeError, match="`model` must be a transformers PreTrainedModel, got"):
+@pytest.mark.parametrize("model", [None, "llama"], ids=str)
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match="`model` must be a transformers or open_clip model, got"):
+        vlreft.attach(model, GOOD)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())], ids=["one", "list"])
+def test_a_model_that_is_no_transformer(model):
+    with untouched(model), pytest.raises(ValueError, match="no list of transformer blocks .* was found"):
         vlreft.attach(model, GOOD)
 
 
@@ -301,8 +307,20 @@ def test_continuing_a_cache_outside_of_generate():
 def test_blocks_called_without_the_model():
     model = llama()
     vlreft.attach(model, GOOD)
+    h_BTD = torch.zeros(1, 4, 16)
+    positions = model.model.rotary_emb(h_BTD, torch.arange(4)[None])
     with pytest.raises(ValueError, match="outside of a call of the model itself"):
-        model.model(input_ids=text_batch()["input_ids"])
+        for layer in model.model.layers:
+            layer(h_BTD, position_embeddings=positions)
+
+
+def test_an_inner_model_called_by_itself_is_edited_alike():
+    model = llama()
+    shake(vlreft.attach(model, GOOD))
+    ids_BL = text_batch()["input_ids"]
+    assert model.lm_head(model.model(input_ids=ids_BL).last_hidden_state).equal(model(input_ids=ids_BL).logits)
+    with pytest.raises(ValueError, match="neither `labels` nor a `prompt_mask`"):
+        model.train().model(input_ids=ids_BL)
 
 
 @pytest.mark.parametrize("selects", ["l1", "uniform2", "[-2:]"])

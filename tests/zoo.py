@@ -7,6 +7,7 @@ Models are made on the spot from a config, with random weights loud enough for a
 families read the same `SAMPLES`; `batch` writes them down as a family wants them.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,7 @@ FAMILIES: dict[str, Family] = {
             image_id=60,
             vision_tokens=5,
             num_cls=1,
+            grid=(2, 2),
         ),
         Family(
             "qwen2_5_vl",
@@ -132,6 +134,7 @@ FAMILIES: dict[str, Family] = {
             image_tokens=(62, 60, 60, 60, 60, 63),
             image_id=60,
             vision_tokens=16,
+            grid=(4, 4),
             states="packed",
             extra=_qwen_token_types,
             takes_fullgraph=False,
@@ -146,6 +149,8 @@ FAMILIES: dict[str, Family] = {
             image_id=4,
             vision_tokens=65,
             num_cls=1,
+            grid=(8, 8),
+            patch_pixels=8,
             first_id=4,
             position_ids=True,
         ),
@@ -234,9 +239,12 @@ SELECTS: dict[str, tuple[str, ...]] = {
     "Last": ("l1", "l4"),
     "Uniform": ("uniform3",),
     "Slice": ("[1:3]", "[-2:]"),
+    "Region": ("rows[0:1]cols[:]", "rows[-1:]cols[1:2]"),
+    "Box": ("box[3,0,15,9]",),
 }
+REGIONS = ("Region", "Box")
 TEXT_POSITIONS = (
-    *(select for selects in SELECTS.values() for select in selects),
+    *(select for name, selects in SELECTS.items() if name not in REGIONS for select in selects),
     *("prompt", "text:f3+l2", "question:f4+l4", "f1+l1", "response", "response:f2"),
 )
 IMAGE_POSITIONS = ("image", "image:f2+l1", "image:uniform2", "text:[1:3]+l1")
@@ -251,8 +259,10 @@ def selectors(family: Family, site: str) -> tuple[str, ...]:
         return TEXT_POSITIONS + (IMAGE_POSITIONS if family.has_image else ())
     if site == "connector":
         return ("image", "image:f1+l1")
-    more = () if family.packed else DENSE_VISION_POSITIONS + (CLASS_POSITIONS if family.num_cls else ())
-    return VISION_POSITIONS + more
+    more = CLASS_POSITIONS if family.num_cls else ()
+    if family.grid is not None:
+        more += tuple(f"patches:{select}" for name in REGIONS for select in SELECTS[name])
+    return VISION_POSITIONS + DENSE_VISION_POSITIONS + more
 
 
 def plain_positions(text: str, row: Sequence[Token]) -> list[int]:
@@ -273,14 +283,32 @@ def plain_positions(text: str, row: Sequence[Token]) -> list[int]:
     return sorted({indices[rank] for rank in _plain_ranks(selects.split("+"), len(indices))})
 
 
-def plain_tower_positions(text: str, num_tokens: int, num_cls: int) -> list[int]:
-    """Return the indices that a position string selects of one picture's tokens in a tower."""
-    segment, _, selects = text.partition(":") if re.match(r"[a-z]+:", text) else ("", "", text)
+def plain_tower_positions(text: str, family: Family) -> list[int]:
+    """Return the indices that a position string selects of one picture's tokens in a tower, in raster order."""
+    segment, _, selects = text.partition(":") if re.match(r"[a-z]+:[^,]", text) else ("", "", text)
     if text in ("cls", "patches"):
         segment, selects = text, "all"
-    everything = list(range(num_tokens))
+    everything, num_cls = list(range(family.vision_tokens)), family.num_cls
+    if selects.startswith(("rows", "box")):
+        return [num_cls + place for place in _plain_region(selects, family)]
     members = {"cls": everything[:num_cls], "patches": everything[num_cls:], "": everything}[segment]
     return sorted({members[rank] for rank in _plain_ranks(selects.split("+"), len(members))})
+
+
+def _plain_region(select: str, family: Family) -> list[int]:
+    """Return the raster places of patches in some rows and columns, or of those that share a pixel with a box."""
+    assert family.grid is not None
+    rows, cols = range(family.grid[0]), range(family.grid[1])
+    if select.startswith("rows"):
+        bounds = [tuple(int(b) if b else None for b in part.split(":")) for part in re.findall(r"\[(.*?)\]", select)]
+        return [row * len(cols) + col for row in rows[slice(*bounds[0])] for col in cols[slice(*bounds[1])]]
+    left, top, right, bottom = (int(number) for number in re.findall(r"\d+", select))
+    size, inside = family.patch_pixels, []
+    for row, col in itertools.product(rows, cols):
+        xs, ys = range(col * size, (col + 1) * size), range(row * size, (row + 1) * size)
+        if set(xs) & set(range(left, right)) and set(ys) & set(range(top, bottom)):
+            inside.append(row * len(cols) + col)
+    return inside
 
 
 def _plain_ranks(selects: Sequence[str], count: int) -> list[int]:

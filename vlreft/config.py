@@ -5,11 +5,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from vlreft.components import COMPONENTS
 from vlreft.interventions import ACTIVATIONS, INTERVENTIONS, Edit
 from vlreft.positions import Positions, parse_positions
 
 INITS = ("identity", "reference")
-FORMAT_VERSION = 1
+# 2 added `component`, `heads` and `modules_to_save`; files of version 1 are read, what they lack has its default.
+FORMAT_VERSION = 2
+SINCE_VERSION_2 = frozenset({"component", "heads"})
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,13 @@ class Intervention:
 
     method: a row of `vlreft.interventions.INTERVENTIONS`: "loreft", "direft", "noreft", "nodireft", "consreft",
         "lobireft", "red" or "vector".
-    site: "text" (the language model's blocks), "vision" (the tower's) or "connector" (the projected image features
-        as they enter the language model).
-    layers: "all", a number, or several (a list, a range); counted from 0, negative ones from the end. The edit acts on
-        the output of the block. "all" leaves out vision blocks whose output the model never reads.
+    site: "text" (the language model's blocks, the decoder's where there are two stacks), "text_encoder", "vision" (the
+        tower's), "connector" (the projected image features as they enter the language model), or a module's path.
+    layers: "all", a number, or several (a list, a range); counted from 0, negative ones from the end. "all" leaves out
+        vision blocks whose output the model never reads.
+    component: what of the block is edited: its "output" or "input"; what its "attention" or "mlp" gives, before that is
+        added to the residual stream; or single attention "heads", before they are mixed.
+    heads: "all" or head numbers, with component="heads"; each head has an intervention of its own.
     positions: a string in the small language of `vlreft.positions`, e.g. "question:f4+l4" or "patches".
     rank: the subspace's dimension, for low-rank methods only.
     tied: one intervention for all `+` parts of `positions`. By default each part has its own, as in the ReFT paper's
@@ -37,6 +43,8 @@ class Intervention:
     method: str
     site: str = "text"
     layers: str | int | Sequence[int] = "all"
+    component: str = "output"
+    heads: str | int | Sequence[int] | None = None
     positions: str = "prompt:l1"
     rank: int | None = None
     tied: bool = False
@@ -59,7 +67,13 @@ class Intervention:
         _number("scale", self.scale)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` (={self.dropout}) must be at least 0 and below 1")
-        object.__setattr__(self, "layers", _layers(self.layers))
+        object.__setattr__(self, "layers", _numbers("layers", "layer", self.layers))
+        _one_of("component", self.component, COMPONENTS)
+        if (self.heads is None) == (self.component == "heads"):
+            need = "needs `heads`, e.g. heads='all'" if self.heads is None else f"takes no `heads` (={self.heads!r})"
+            raise ValueError(f"component '{self.component}' {need}")
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _numbers("heads", "head", self.heads))
         parse_positions(self.positions)
         self._check_method()
 
@@ -105,13 +119,20 @@ class Intervention:
 class ReftConfig:
     """A set of interventions, in the order in which they act where they share a block.
 
+    modules_to_save: modules of the base to train whole and save beside them, such as a new "classifier" or "score" head
+        or a connector: each by its path, or by the end of one that is the end of no other's. The base's own stay as
+        they are; trained copies stand in for them.
+
     Equal to itself after `from_dict(to_dict())`. Raises ValueError or TypeError with the intervention's number.
     """
 
     interventions: tuple[Intervention, ...]
+    modules_to_save: tuple[str, ...]
 
-    def __init__(self, interventions: Intervention | Iterable[Intervention]) -> None:
-        """Take one intervention or several."""
+    def __init__(
+        self, interventions: Intervention | Iterable[Intervention], modules_to_save: str | Iterable[str] = ()
+    ) -> None:
+        """Take one intervention or several, and no module, one or several."""
         several = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
         for number, item in enumerate(several):
             if not isinstance(item, Intervention):
@@ -119,10 +140,15 @@ class ReftConfig:
         if not several:
             raise ValueError("ReftConfig needs at least one vlreft.Intervention")
         object.__setattr__(self, "interventions", several)
+        object.__setattr__(self, "modules_to_save", _module_names(modules_to_save))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {"format_version": FORMAT_VERSION, "interventions": [asdict(item) for item in self.interventions]}
+        return {
+            "format_version": FORMAT_VERSION,
+            "interventions": [asdict(item) for item in self.interventions],
+            "modules_to_save": list(self.modules_to_save),
+        }
 
     def to_json(self) -> str:
         """Return the JSON text of `to_dict`."""
@@ -133,12 +159,15 @@ class ReftConfig:
         """Build from `to_dict`'s data; unknown or missing keys are errors."""
         if not isinstance(data, Mapping) or not isinstance(data.get("interventions"), list):
             raise ValueError("a ReftConfig needs a list under 'interventions'")
-        if data.get("format_version") != FORMAT_VERSION:
-            version = data.get("format_version")
+        version = data.get("format_version")
+        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise ValueError(f"`format_version` (={version!r}) is not {FORMAT_VERSION}; it was made by another vlreft")
-        if surplus := sorted(set(data) - {"format_version", "interventions"}):
+        keys = {"format_version", "interventions"} | ({"modules_to_save"} if version == FORMAT_VERSION else set())
+        if surplus := sorted(set(data) - keys):
             raise ValueError(f"a ReftConfig has no keys {surplus}")
-        known = {field.name for field in fields(Intervention)}
+        if not isinstance(modules := data.get("modules_to_save", [] if version == 1 else None), list):
+            raise ValueError("a ReftConfig needs a list under 'modules_to_save'")
+        known = {field.name for field in fields(Intervention)} - (SINCE_VERSION_2 if version == 1 else set())
         items = []
         for number, item in enumerate(data["interventions"]):
             if not isinstance(item, Mapping) or set(item) != known:
@@ -148,20 +177,31 @@ class ReftConfig:
                 items.append(Intervention(**item))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"intervention {number}: {error}") from error
-        return cls(items)
+        return cls(items, modules)
 
 
-def _layers(layers: object) -> str | tuple[int, ...]:
-    if isinstance(layers, str) and layers == "all":
+def _module_names(given: object) -> tuple[str, ...]:
+    several = (given,) if isinstance(given, str) else given
+    names = tuple(several) if isinstance(several, Iterable) else ()
+    if not isinstance(several, Iterable) or any(not isinstance(name, str) or not name for name in names):
+        raise TypeError(f"`modules_to_save` must be names or paths of modules, e.g. ['classifier'], got {given!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"`modules_to_save` (={list(names)}) names a module twice")
+    return names
+
+
+def _numbers(field: str, what: str, given: object) -> str | tuple[int, ...]:
+    """Return "all" or a tuple of numbers without repetition."""
+    if isinstance(given, str) and given == "all":
         return "all"
-    several = (layers,) if isinstance(layers, int) else layers
+    several = (given,) if isinstance(given, int) else given
     if isinstance(several, str) or not isinstance(several, Iterable):
-        raise TypeError(f"`layers` must be 'all', a number or a list of numbers, got {layers!r}")
+        raise TypeError(f"`{field}` must be 'all', a number or a list of numbers, got {given!r}")
     numbers = tuple(several)
     if not numbers or any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
-        raise TypeError(f"`layers` must be 'all', a number or a list of numbers, got {layers!r}")
+        raise TypeError(f"`{field}` must be 'all', a number or a list of numbers, got {given!r}")
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"`layers` (={list(numbers)}) names a layer twice")
+        raise ValueError(f"`{field}` (={list(numbers)}) names a {what} twice")
     return numbers
 
 

@@ -1,6 +1,6 @@
 """`Placed`: one intervention at one block, and how it edits the positions selected for it.
 
-Shape suffixes: B = rows, T = tokens of a forward, P = selected slots, D = width.
+Shape suffixes: B = rows, T = tokens of a forward, P = selected slots, D = width, H and W = rows and columns.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,17 @@ class Switch:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """One intervention at one block: `part` is the position group it edits, None for all of them (tied)."""
+    """One intervention at one module.
+
+    `part` is the position group it edits, None for all of them (tied); `span` the first and last (exclusive) number of
+    the states' last dimension that it sees, None for all: a head's share.
+    """
 
     switch: Switch
     edit: Edit
     positions: Positions
     part: int | None
+    span: tuple[int, int] | None = None
 
     @property
     def num_slots(self) -> int | None:
@@ -47,11 +52,20 @@ class Placed:
     def apply(self, h: Tensor, selection: Selection) -> Tensor:
         """Return `h` with the selected positions edited; never writes into `h`.
 
-        Shapes: (B, T, D), or (T, D) for a tower that packs its images. Unselected states are kept from the edit: they
-        may hold anything, even NaN at pads, and a NaN would reach the gradients through a product with zero.
+        Shapes: (B, T, D), (B, H, W, D) for a tower that keeps rows and columns, (T, D) for one that packs its images.
+        Unselected states are kept from the edit: they may hold anything, even NaN at pads, and a NaN would reach the
+        gradients through a product with zero.
         """
         if h.dim() == 2:
             return self.apply(h[None], selection)[0]
+        if h.dim() == 4:
+            return self.apply(h.flatten(1, 2), selection).reshape(h.shape)
+        if self.span is not None:
+            start, stop = self.span
+            return torch.cat([h[..., :start], self._apply(h[..., start:stop], selection), h[..., stop:]], -1)
+        return self._apply(h, selection)
+
+    def _apply(self, h: Tensor, selection: Selection) -> Tensor:
         if selection.index_BP is None or selection.valid_BP is None:
             chosen_BT1 = selection.mask_BT[:, :, None]
             return torch.where(chosen_BT1, self.edit(torch.where(chosen_BT1, h, 0.0)), h)

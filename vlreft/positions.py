@@ -1,218 +1,26 @@
 """The position language: `segment:select+select`, parsed once to frozen selectors, resolved on a `TokenLayout`.
 
-Shape suffixes: B = rows, L = tokens of the layout, T = tokens of a forward, P = selected slots, N = picks.
+Shape suffixes: B = rows, L = tokens of the layout, T = tokens of a forward, P = selected slots.
 
     prompt | text | image | question | response | cls | patches | eos     the segment; `prompt` when left out
     all  f4  l4  uniform9  [2:10]                                          what is selected of it, joined by `+`
+    rows[2:5]cols[0:3]  box[8,8,40,24]  box                               a region of a picture: `patches`, `image`
 
 A bare segment name means all of it. In a vision tower `prompt`, hence no segment, is every token of the tower.
 """
 
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlreft.layout import ENDLESS_SEGMENTS, TEXT_SEGMENTS, TOWER_SEGMENTS, TokenLayout
+from vlreft.selects import REGIONS, SELECTS, All, First, Last, Members, Select
 
 SEGMENTS = tuple(dict.fromkeys(TEXT_SEGMENTS + TOWER_SEGMENTS))
-_NUMBER = r"[0-9]{1,6}"
-
-
-class Select(ABC):
-    """Which tokens of a segment; concrete classes are frozen dataclasses and rows of `SELECTS`."""
-
-    pattern: ClassVar[str]
-    spelling: ClassVar[str]
-
-    @classmethod
-    @abstractmethod
-    def parse(cls, match: re.Match[str]) -> "Select":
-        """Build from a match of `pattern`. Raises ValueError where the numbers make no sense."""
-
-    @property
-    @abstractmethod
-    def num_slots(self) -> int | None:
-        """The most tokens a row can have selected, None where it depends on the segment's length."""
-
-    @abstractmethod
-    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
-        """Return mask_BL from each token's rank in its segment and the segment's size.
-
-        `limit_B1` is how many tokens this select may claim where a short segment is shared.
-        """
-
-    @abstractmethod
-    def generated(self, rank_T: Tensor) -> Tensor:
-        """Return mask_T for tokens being generated, `rank_T` their number in the answer, from 0.
-
-        Raises ValueError where it needs the answer's length, which nobody knows yet.
-        """
-
-
-@dataclass(frozen=True)
-class All(Select):
-    """Every token of the segment."""
-
-    pattern = r"all"
-    spelling = "all"
-
-    @classmethod
-    def parse(cls, match: re.Match[str]) -> "All":
-        """Build."""
-        return cls()
-
-    @property
-    def num_slots(self) -> int | None:
-        """Unknown before the batch."""
-        return None
-
-    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
-        """Select everything."""
-        return torch.ones_like(rank_BL, dtype=torch.bool)
-
-    def generated(self, rank_T: Tensor) -> Tensor:
-        """Select everything."""
-        return torch.ones_like(rank_T, dtype=torch.bool)
-
-
-@dataclass(frozen=True)
-class First(Select):
-    """The first `num` tokens."""
-
-    num: int
-    pattern = f"f({_NUMBER})"
-    spelling = "fN"
-
-    @classmethod
-    def parse(cls, match: re.Match[str]) -> "First":
-        """Build."""
-        return cls(_positive(match))
-
-    @property
-    def num_slots(self) -> int | None:
-        """At most `num`."""
-        return self.num
-
-    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
-        """Select ranks below `num` and the shared limit."""
-        return rank_BL < limit_B1.clamp(max=self.num)
-
-    def generated(self, rank_T: Tensor) -> Tensor:
-        """Select the first `num` generated tokens."""
-        return rank_T < self.num
-
-
-@dataclass(frozen=True)
-class Last(Select):
-    """The last `num` tokens."""
-
-    num: int
-    pattern = f"l({_NUMBER})"
-    spelling = "lN"
-
-    @classmethod
-    def parse(cls, match: re.Match[str]) -> "Last":
-        """Build."""
-        return cls(_positive(match))
-
-    @property
-    def num_slots(self) -> int | None:
-        """At most `num`."""
-        return self.num
-
-    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
-        """Select ranks from `count - num` on, within the shared limit."""
-        return rank_BL >= count_B1 - limit_B1.clamp(max=self.num)
-
-    def generated(self, rank_T: Tensor) -> Tensor:
-        """Refuse."""
-        raise ValueError(_unknown_length(f"l{self.num}"))
-
-
-@dataclass(frozen=True)
-class Uniform(Select):
-    """`num` tokens spread evenly: the middles of `num` equal stretches; all tokens of a shorter segment."""
-
-    num: int
-    pattern = f"uniform({_NUMBER})"
-    spelling = "uniformN"
-
-    @classmethod
-    def parse(cls, match: re.Match[str]) -> "Uniform":
-        """Build."""
-        return cls(_positive(match))
-
-    @property
-    def num_slots(self) -> int | None:
-        """At most `num`."""
-        return self.num
-
-    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
-        """Select rank floor((i + 1/2) * count / num) for i = 0 .. num - 1."""
-        i_N = torch.arange(self.num, device=rank_BL.device)
-        picks_BN = (2 * i_N + 1) * count_B1 // (2 * self.num)
-        return (rank_BL[:, :, None] == picks_BN[:, None, :]).any(-1)
-
-    def generated(self, rank_T: Tensor) -> Tensor:
-        """Refuse."""
-        raise ValueError(_unknown_length(f"uniform{self.num}"))
-
-
-@dataclass(frozen=True)
-class Slice(Select):
-    """Ranks `start` to `stop` (exclusive) with Python's meaning of negative and missing bounds."""
-
-    start: int
-    stop: int | None
-    pattern = rf"\[(-?{_NUMBER})?:(-?{_NUMBER})?\]"
-    spelling = "[a:b]"
-
-    @classmethod
-    def parse(cls, match: re.Match[str]) -> "Slice":
-        """Build."""
-        start, stop = int(match[1] or 0), None if match[2] is None else int(match[2])
-        if stop == 0 or (stop is not None and (start < 0) == (stop < 0) and stop <= start):
-            raise ValueError(f"the slice {match[0]} selects nothing")
-        return cls(start, stop)
-
-    @property
-    def num_slots(self) -> int | None:
-        """Known where both bounds count from the same end."""
-        if self.stop is None:
-            return -self.start if self.start < 0 else None
-        return self.stop - self.start if (self.start < 0) == (self.stop < 0) else None
-
-    def mask(self, rank_BL: Tensor, count_B1: Tensor, limit_B1: Tensor) -> Tensor:
-        """Select start <= rank < stop, negative bounds counted from the segment's end."""
-        mask_BL = rank_BL >= (self.start if self.start >= 0 else count_B1 + self.start)
-        if self.stop is not None:
-            mask_BL = mask_BL & (rank_BL < (self.stop if self.stop >= 0 else count_B1 + self.stop))
-        return mask_BL
-
-    def generated(self, rank_T: Tensor) -> Tensor:
-        """Select by rank where both bounds count from the start."""
-        if self.start < 0 or (self.stop is not None and self.stop < 0):
-            raise ValueError(_unknown_length(f"[{self.start}:{'' if self.stop is None else self.stop}]"))
-        mask_T = rank_T >= self.start
-        return mask_T if self.stop is None else mask_T & (rank_T < self.stop)
-
-
-SELECTS: tuple[type[Select], ...] = (All, First, Last, Uniform, Slice)
-
-
-def _positive(match: re.Match[str]) -> int:
-    if int(match[1]) == 0:
-        raise ValueError(f"{match[0]} selects nothing")
-    return int(match[1])
-
-
-def _unknown_length(spelling: str) -> str:
-    return f"`response:{spelling}` needs the answer's length, which is unknown while it is generated; use `all` or `fN`"
+PICTURE_SEGMENTS = ("patches", "image")  # those that a region can be taken of
 
 
 @dataclass(frozen=True)
@@ -228,6 +36,11 @@ class Positions:
         """The spelling of each select, e.g. ("f4", "l4")."""
         selects = self.text.partition(":")[2] if re.match(r"[a-z]+:", self.text) else self.text
         return ("all",) if self.text == self.segment else tuple(selects.split("+"))
+
+    @property
+    def has_region(self) -> bool:
+        """Whether it selects by place in a picture."""
+        return any(isinstance(select, REGIONS) for select in self.selects)
 
     @property
     def needs_prompt_end(self) -> bool:
@@ -249,7 +62,8 @@ class Positions:
             limit_B1 = count_B1
             if shared and isinstance(select, First | Last):
                 limit_B1 = count_B1 // 2 if isinstance(select, First) else count_B1 - count_B1 // 2
-            mask_BL = segment_BL & select.mask(rank_BL, count_B1, limit_B1) & ~taken_BL
+            members = Members(rank_BL, count_B1, limit_B1, layout.grid, layout.no_grid)
+            mask_BL = segment_BL & select.mask(members) & ~taken_BL
             taken_BL = taken_BL | mask_BL
             masks.append(mask_BL)
         return tuple(masks)
@@ -296,6 +110,8 @@ def _parse(text: str) -> Positions:
         select, end = _parse_select(text, place)
         if isinstance(select, First | Last) and any(type(select) is type(other) for other in selects):
             raise _syntax_error(text, place, "the same select twice", "each of f and l at most once")
+        if isinstance(select, REGIONS) and segment not in PICTURE_SEGMENTS:
+            raise _syntax_error(text, place, f"'{segment}' is no picture", " or ".join(PICTURE_SEGMENTS) + " before it")
         selects.append(select)
         if end == len(text):
             return Positions(text, segment, tuple(selects))

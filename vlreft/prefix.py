@@ -21,10 +21,11 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlreft.hooks import cache_in, cache_name
+from vlreft.hooks import cache_name
 from vlreft.layout import TokenLayout
-from vlreft.positions import All, First, Slice, Uniform
 from vlreft.reft import Reft
+from vlreft.selects import All, First, Slice, Uniform
+from vlreft.streams import cache_in
 
 logger = logging.getLogger("vlreft")
 
@@ -85,7 +86,11 @@ class PrefixReuse:
             yield rest
 
     def _layout(self, inputs: Mapping[str, Any]) -> TokenLayout:
-        return self.reft.runtime.layout_of(inputs, inputs.get("prompt_mask"), training=True)
+        runtime, mask_BL = self.reft.runtime, inputs.get("prompt_mask")
+        acting = runtime.acting("text")
+        layout = runtime.batches.lay_out("text", inputs, acting, is_prompt_BL=mask_BL, training=True)
+        assert layout is not None  # there is no encoder
+        return layout
 
     def _prefix_length(self, inputs: Mapping[str, Any]) -> int:
         """Return how many columns come before every edit and every prediction, and hold all images; 0 if too few."""
@@ -162,7 +167,7 @@ def _forward_names(model: nn.Module) -> frozenset[str]:
 def _forbidden_by(reft: Reft) -> str:
     """Return why a config or a kind of model leaves no untouched prefix, "" if it may."""
     model = reft.model
-    if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
+    if not isinstance(model, GenerationMixin) or reft.runtime.batches.has_encoder:
         return f"{type(model).__name__} is no causal decoder"
     if not cache_name(model):
         return f"{type(model).__name__} takes no cache"

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlreft.checkpoint import Base, Checkpoint, check_base, copy_tensors, read_checkpoint, write_checkpoint
+from vlreft.components import Target
 from vlreft.config import Intervention, ReftConfig
+from vlreft.heads import Head, HeadHooks, make_heads, refuse_edits_inside
 from vlreft.hooks import Runtime, forget_compiled_graphs
 from vlreft.interventions import Edit
 from vlreft.layout import text_layout
@@ -20,7 +23,7 @@ from vlreft.sites import Site, Sites, find_sites
 
 CHILD_NAME = "vlreft"
 # Names that an adapter cannot have: those of the attributes of `Adapters`, its parent.
-RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | {"runtime", "was_trainable", "refts"}
+RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | {"runtime", "head_hooks", "was_trainable", "refts"}
 
 
 class Adapters(nn.ModuleDict):
@@ -30,6 +33,7 @@ class Adapters(nn.ModuleDict):
         """Keep the runtime and what has to be unfrozen again at the end."""
         super().__init__()
         self.runtime = runtime
+        self.head_hooks = HeadHooks(runtime.model)
         self.was_trainable = was_trainable
         self.refts: dict[str, Reft] = {}
 
@@ -46,15 +50,15 @@ class Adapters(nn.ModuleDict):
 class Reft:
     """One set of interventions on one model: the handle that `attach` and `load` return."""
 
-    def __init__(
-        self, model: PreTrainedModel, config: ReftConfig, name: str, edits: nn.ModuleDict, switch: Switch, sites: Sites
-    ) -> None:
+    def __init__(self, config: ReftConfig, name: str, made: "_Made", sites: Sites) -> None:
         """Made by `attach` and `load`, not by users."""
-        self.model = model
+        self.model = sites.model
         self.config = config
         self.name = name
-        self.edits = edits
-        self._switch = switch
+        self.edits = made.edits
+        self._heads = made.heads
+        self._parts = made.parts
+        self._switch = made.switch
         self._sites = sites
 
     @property
@@ -63,19 +67,25 @@ class Reft:
         return find_reft(self.model, self.name) is self
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the trainable parameters, which live in the model too (as `model.vlreft`)."""
-        return self.edits.parameters()
+        """Yield the trainable parameters, also those of `modules_to_save`; they live in the model (`model.vlreft`)."""
+        return self._parts.parameters()
 
     def num_parameters(self) -> int:
-        """Count the trainable numbers."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Count the trainable numbers of the interventions, as papers do: without those of `modules_to_save`."""
+        return _num_in(self.edits)
+
+    def num_module_parameters(self) -> int:
+        """Count the trainable numbers of `modules_to_save`."""
+        return sum(_num_in(head.copy) for head in self._heads)
 
     def print_trainable_parameters(self) -> None:
-        """Print the trainable numbers, beside those of the frozen base."""
+        """Print the trainable numbers, beside those of the frozen base; those of `modules_to_save` apart."""
         own = {id(p) for name, p in self.model.named_parameters() if name.startswith(f"{CHILD_NAME}.")}
         base = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
-        ours = self.num_parameters()
-        print(f"trainable: {ours:,} numbers, {100 * ours / base:.4f} % of the base's {base:,}")  # noqa: T201
+        ours, apart = self.num_parameters(), ", ".join(f"{_num_in(head.copy):,} in {head.name}" for head in self._heads)
+        line = f"{100 * ours / base:.4f} % of the base's {base:,}"
+        line = f"{ours:,} numbers in interventions, {line}; {apart}" if apart else f"{ours:,} numbers, {line}"
+        print(f"trainable: {line}")  # noqa: T201
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -103,20 +113,37 @@ class Reft:
     def edited(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> list[Tensor | None]:
         """Return which tokens of a prompt each of the config's interventions edits, in the config's order.
 
-        Shapes: (B, L) bool each; None for an intervention in the vision tower, whose tokens are not those of the text.
+        Shapes: (B, L) bool each; None for an intervention whose tokens are not those of the text.
         """
         shape = (input_ids_BL.shape[0], input_ids_BL.shape[1])
-        layout = text_layout(
-            shape,
-            input_ids_BL.device,
-            input_ids_BL=input_ids_BL,
-            attention_mask_BL=attention_mask_BL,
-            image_token_ids=self._sites.image_token_ids,
-        )
-        return [
-            None if item.site == "vision" else torch.stack(item.parsed_positions.masks(layout)).any(0)
-            for item in self.config.interventions
-        ]
+        found: list[Tensor | None] = []
+        for item in self.config.interventions:
+            site = self._sites[item.site]
+            if not site.stream:
+                found.append(None)
+                continue
+            layout = text_layout(
+                shape,
+                input_ids_BL.device,
+                self._sites.vocabularies[site.stream],
+                input_ids_BL=input_ids_BL,
+                attention_mask_BL=attention_mask_BL,
+            )
+            found.append(torch.stack(item.parsed_positions.masks(layout)).any(0))
+        return found
+
+    @contextmanager
+    def boxes(self, boxes: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Say which part of each picture `box` means in the forwards inside: left, top, right, bottom in pixels.
+
+        One box per picture, in the order in which the tower sees them, or one for all. The pixels are those of the
+        picture as the model is given it, after its processor. Raises ValueError for a box without area.
+        """
+        for box in boxes:
+            if len(box) != 4 or min(box) < 0 or box[0] >= box[2] or box[1] >= box[3]:
+                raise ValueError(f"the box {list(box)} must be (left, top, right, bottom) in pixels, with some area")
+        with self.runtime.boxes(torch.tensor([list(box) for box in boxes])):
+            yield
 
     def detach(self) -> None:
         """Take the interventions off the model. After the last one it is exactly the model it was."""
@@ -124,6 +151,7 @@ class Reft:
         if adapters is None or adapters.refts.get(self.name) is not self:
             raise ValueError(f"the interventions '{self.name}' are not attached any more")
         adapters.runtime.remove(self._switch)
+        adapters.head_hooks.remove(self._switch)
         del adapters.refts[self.name], adapters[self.name]
         if not adapters.refts:
             adapters.runtime.close()
@@ -134,7 +162,7 @@ class Reft:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `reft_config.json`, `reft_model.safetensors` and a model card; the base is not written."""
-        tensors = {name: parameter.data for name, parameter in self.edits.named_parameters()}
+        tensors = {name: parameter.data for name, parameter in self._parts.named_parameters()}
         write_checkpoint(folder, Checkpoint(self.config, _describe_base(self.model, self._sites), tensors))
 
     def load_weights(self, folder: str | os.PathLike[str]) -> None:
@@ -143,7 +171,7 @@ class Reft:
         check_base(checkpoint.base, _describe_base(self.model, self._sites), folder)
         if checkpoint.config != self.config:
             raise ValueError(f"the checkpoint in {folder} has another config: {checkpoint.config}, not {self.config}")
-        copy_tensors(checkpoint.tensors, dict(self.edits.named_parameters()), f"the checkpoint in {folder}")
+        copy_tensors(checkpoint.tensors, dict(self._parts.named_parameters()), f"the checkpoint in {folder}")
 
     @property
     def runtime(self) -> Runtime:
@@ -159,7 +187,7 @@ class Reft:
             forget_compiled_graphs()
 
 
-def attach(model: PreTrainedModel, config: ReftConfig, name: str = "default") -> Reft:
+def attach(model: nn.Module, config: ReftConfig, name: str = "default") -> Reft:
     """Put interventions on `model`, in place, and freeze everything else in it.
 
     The model stays the object it was: training, `generate`, pipelines and saving go on with it. New interventions draw
@@ -167,46 +195,23 @@ def attach(model: PreTrainedModel, config: ReftConfig, name: str = "default") ->
     the order in which they were attached.
 
     Raises ValueError or TypeError, before anything was changed: a name in use, a site or segment that the model lacks,
-    a layer out of range or never read, a rank above the width.
+    a layer out of range or never read, a rank above the width, a module to train that is not exactly one.
     """
     if not isinstance(config, ReftConfig):
         raise TypeError(f"`config` must be a vlreft.ReftConfig, got {type(config).__name__}")
-    _check_name(model, name)
-    adapters = _adapters(model)
-    sites = adapters.runtime.sites if adapters is not None else find_sites(model)
-    if adapters is None and hasattr(model, CHILD_NAME):
-        raise ValueError(f"{sites.model_name} has a '{CHILD_NAME}' of its own, where interventions are kept; rename it")
-    plan = _plan(config, sites)
-    edits = nn.ModuleDict({key: _build(item, site, layer) for key, item, site, layer, _ in plan})
-    if adapters is None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        adapters = Adapters(Runtime(model, sites), trainable)
-        model.add_module(CHILD_NAME, adapters)
-    switch = Switch()
-    reft = Reft(model, config, name, edits, switch, sites)
-    adapters[name] = edits.train(model.training)
-    adapters.refts[name] = reft
-    for key, item, site, layer, part in plan:
-        edit = edits[key]
-        assert isinstance(edit, Edit)
-        adapters.runtime.place(site, layer, Placed(switch, edit, item.parsed_positions, part))
-    forget_compiled_graphs()
-    return reft
+    sites = _sites_for(model, name)
+    return _put_on(config, name, _make(config, sites), sites)
 
 
-def load(model: PreTrainedModel, folder: str | os.PathLike[str], name: str = "default") -> Reft:
+def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Reft:
     """Attach a saved adapter to its base. Raises ValueError for another base, or a file that is not whole and exact."""
     checkpoint = read_checkpoint(folder)
-    check_base(checkpoint.base, _describe_base(model, find_sites(model)), folder)
+    sites = _sites_for(model, name)
+    check_base(checkpoint.base, _describe_base(model, sites), folder)
     with torch.random.fork_rng(devices=[]):  # the start values are thrown away; leave the user's generator alone
-        reft = attach(model, checkpoint.config, name)
-    try:
-        copy_tensors(checkpoint.tensors, dict(reft.edits.named_parameters()), f"the checkpoint in {folder}")
-    except ValueError:
-        reft.detach()
-        raise
-    return reft
+        made = _make(checkpoint.config, sites)
+    copy_tensors(checkpoint.tensors, dict(made.parts.named_parameters()), f"the checkpoint in {folder}")
+    return _put_on(checkpoint.config, name, made, sites)
 
 
 def find_reft(model: nn.Module, name: str | None = None) -> Reft | None:
@@ -232,44 +237,151 @@ def _adapters(model: nn.Module) -> Adapters | None:
     return child if isinstance(child, Adapters) else None
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def _sites_for(model: nn.Module, name: str) -> Sites:
+    """Return the sites of a model that can have an adapter of this name. Raises ValueError if it cannot."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or name in RESERVED_NAMES:
         raise ValueError(f"`name` (={name!r}) must be letters, digits, '_' and '-', and no attribute of a ModuleDict")
     if find_reft(model, name) is not None:
         raise ValueError(f"interventions named '{name}' are attached already; detach them or choose another `name`")
+    adapters = _adapters(model)
+    if adapters is not None:
+        return adapters.runtime.sites
+    sites = find_sites(model)
+    if hasattr(model, CHILD_NAME):
+        raise ValueError(f"{sites.model_name} has a '{CHILD_NAME}' of its own, where interventions are kept; rename it")
+    return sites
 
 
-def _plan(config: ReftConfig, sites: Sites) -> list[tuple[str, Intervention, Site, int, int | None]]:
-    """Resolve a config on a model: one (key, intervention, site, layer, part) per module to make."""
+def _num_in(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One module to make: the intervention it comes from, and where it goes."""
+
+    key: str
+    item: Intervention
+    site: Site
+    layer: int
+    target: Target
+    part: int | None
+    span: tuple[int, int] | None
+
+    def build(self) -> Edit:
+        """Make the module, on the device of its block."""
+        width = self.target.width if self.span is None else self.span[1] - self.span[0]
+        device = _device_of(self.site.blocks[self.layer])
+        if device.type == "meta":
+            with torch.device("meta"):
+                return self.item.build(width)
+        return self.item.build(width).to(device)  # drawn on the CPU: the same start on every device
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What an adapter consists of, before it is on the model; `parts` holds the edits and the copies of heads."""
+
+    plan: list[_Entry]
+    edits: nn.ModuleDict
+    heads: list[Head]
+    parts: nn.ModuleDict
+    switch: Switch
+
+
+def _make(config: ReftConfig, sites: Sites) -> _Made:
+    """Make an adapter's modules; the model is not changed. Raises ValueError for a config that it has no place for."""
+    plan, switch, adapters = _plan(config, sites), Switch(), _adapters(sites.model)
+    present = list(adapters.head_hooks) if adapters is not None else []
+    hooked = list(adapters.runtime.hooked.values()) if adapters is not None else []
+    heads = make_heads(config.modules_to_save, sites, present, switch)
+    planned = [(f"site '{entry.site.name}' layer {entry.layer}", entry.target) for entry in plan]
+    earlier = [(f"site '{item.site.name}' layer {item.layer}", item.target) for item in hooked]
+    refuse_edits_inside(heads, planned + earlier)
+    refuse_edits_inside(present, planned)
+    edits = nn.ModuleDict({entry.key: entry.build() for entry in plan})
+    parts = nn.ModuleDict(dict(edits.items()))
+    if heads:
+        parts["modules_to_save"] = nn.ModuleDict({head.name.replace(".", "/"): head.copy for head in heads})
+    return _Made(plan, edits, heads, parts, switch)
+
+
+def _put_on(config: ReftConfig, name: str, made: _Made, sites: Sites) -> Reft:
+    """Put what was made on the model."""
+    model, adapters = sites.model, _adapters(sites.model)
+    if adapters is None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        adapters = Adapters(Runtime(model, sites), trainable)
+        model.add_module(CHILD_NAME, adapters)
+    reft = Reft(config, name, made, sites)
+    adapters[name] = made.parts.train(model.training)
+    adapters.refts[name] = reft
+    for entry in made.plan:
+        edit = made.edits[entry.key]
+        assert isinstance(edit, Edit)
+        placed = Placed(made.switch, edit, entry.item.parsed_positions, entry.part, entry.span)
+        adapters.runtime.place(entry.site, entry.layer, entry.item.component, entry.target, placed)
+    for head in made.heads:
+        adapters.head_hooks.place(head)
+    forget_compiled_graphs()
+    return reft
+
+
+def _plan(config: ReftConfig, sites: Sites) -> list[_Entry]:
+    """Resolve a config on a model. Raises ValueError for what it asks and the model has not."""
     plan = []
     for number, item in enumerate(config.interventions):
         site = sites[item.site]
         segment = item.parsed_positions.segment
-        if segment not in site.segments:
-            have = ", ".join(f"'{name}'" for name in site.segments)
-            why = " (the model is text-only)" if sites.image_token_ids == () else ""
-            raise ValueError(
-                f"positions '{item.positions}': site '{site.name}' of {sites.model_name} has no segment '{segment}'"
-                f"{why}; it has {have}"
-            )
+        _check_segment(item, site, sites)
         for layer in site.resolve_layers(item.layers, segment):  # pyright: ignore[reportArgumentType] - normalised in __post_init__
-            if item.rank is not None and item.rank > site.width:
-                raise ValueError(
-                    f"`rank` (={item.rank}) must be at most the hidden size (={site.width}) of site '{site.name}' "
-                    f"layer {layer}; lower `rank`"
-                )
-            for part, spelling in enumerate(item.parts):
-                key = f"{number}:{site.name}:{layer}:{spelling}"
-                plan.append((key, item, site, layer, None if item.tied else part))
+            target = site.target(layer, item.component)
+            place = f"{number}:{site.name.replace('.', '/')}:{layer}"
+            place += "" if item.component == "output" else f":{item.component}"
+            for head, span in _spans(item, target, site, layer):
+                width = target.width if span is None else span[1] - span[0]
+                if item.rank is not None and item.rank > width:
+                    raise ValueError(
+                        f"`rank` (={item.rank}) must be at most the hidden size (={width}) of site '{site.name}' "
+                        f"layer {layer}{head and ' head ' + head}; lower `rank`"
+                    )
+                for part, spelling in enumerate(item.parts):
+                    key = f"{place}{head}:{spelling}"
+                    plan.append(_Entry(key, item, site, layer, target, None if item.tied else part, span))
     return plan
 
 
-def _build(item: Intervention, site: Site, layer: int) -> Edit:
-    device = _device_of(site.blocks[layer])
-    if device.type == "meta":
-        with torch.device("meta"):
-            return item.build(site.width)
-    return item.build(site.width).to(device)  # drawn on the CPU: the same start on every device
+def _check_segment(item: Intervention, site: Site, sites: Sites) -> None:
+    segment = item.parsed_positions.segment
+    if segment not in site.segments:
+        have = ", ".join(f"'{name}'" for name in site.segments)
+        is_text_only = site.stream and sites.vocabularies[site.stream].image_ids == ()
+        why = " (its tokens are words alone)" if is_text_only else ""
+        if site.tower is not None and site.tower.no_patches:
+            why = f" ({site.tower.no_patches})"
+        raise ValueError(
+            f"positions '{item.positions}': site '{site.name}' of {sites.model_name} has no segment '{segment}'{why}; "
+            f"it has {have}"
+        )
+    if item.parsed_positions.has_region and (why := site.no_region):
+        raise ValueError(f"positions '{item.positions}': no region can be taken at site '{site.name}': {why}")
+
+
+def _spans(item: Intervention, target: Target, site: Site, layer: int) -> list[tuple[str, tuple[int, int] | None]]:
+    """Return the name and span of each head that an intervention edits; one without a span for all other components."""
+    if item.heads is None:
+        return [("", None)]
+    assert not isinstance(item.heads, int)
+    numbers = range(target.num_heads) if item.heads == "all" else item.heads
+    for number in numbers:
+        if not isinstance(number, int) or not 0 <= number < target.num_heads:
+            raise ValueError(
+                f"head {number} is out of range: site '{site.name}' layer {layer} has {target.num_heads} heads, 0 to "
+                f"{target.num_heads - 1}"
+            )
+    width = target.head_width
+    return [(str(number), (int(number) * width, (int(number) + 1) * width)) for number in numbers]
 
 
 def _device_of(block: nn.Module) -> torch.device:
@@ -287,6 +399,8 @@ def _device_of(block: nn.Module) -> torch.device:
     return device
 
 
-def _describe_base(model: PreTrainedModel, sites: Sites) -> Base:
+def _describe_base(model: nn.Module, sites: Sites) -> Base:
     shape = {name: [len(site.blocks), site.width] for name, site in sites.by_name.items()}
+    if not isinstance(model, PreTrainedModel):
+        return Base("open_clip", type(model).__name__, "", shape)
     return Base(model.config.model_type, type(model).__name__, model.config.name_or_path or "", shape)

@@ -1,29 +1,54 @@
-"""Sites: where a model's blocks are, how wide its states are, and what its tokens mean, found by structure.
+"""Sites: where a model's states can be edited, how wide they are, and what its tokens mean, found by structure.
 
-No family is looked up by name. A stack is an outermost list of transformer blocks; which stack is text and which is
-vision follows from the sub-config of its nearest ancestor that has one.
+What structure does not tell enough about is a row in `vlreft.quirks`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
-# Parameters that are a class token of a tower, in the field's two spellings.
+from vlreft.components import Target, find_target
+from vlreft.layout import TOWER_SEGMENTS, WORDS, Vocabulary
+from vlreft.quirks import Quirk, quirks_of
+from vlreft.stacks import Stack, config_of, find_stacks, has_vision_config, tower_path, width_of
+
+# Parameters that are a class token of a tower, in the field's spellings, and further tokens beside it.
 CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
+REGISTER_NAMES = ("reg_token", "register_tokens")
+TEXT_STREAMS = ("text", "text_encoder")
+MARKER_ATTRIBUTES = ("audio_token_id", "audio_token_index")
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """What a vision site knows of its tokens: `module` runs the tower, `num_cls` class tokens, `num_registers` others.
+
+    Class tokens are in front, or behind the patches (`cls_last`). patch_size: pixels, None if unknown. patch_order: of
+    a tower that packs its pictures (see `Quirk`), "" if unknown. no_patches: why cls and patches cannot be told;
+    no_grid: why no region can be taken.
+    """
+
+    module: nn.Module
+    num_cls: int = 0
+    num_registers: int = 0
+    cls_last: bool = False
+    patch_size: tuple[int, int] | None = None
+    patch_order: str = ""
+    no_patches: str = ""
+    no_grid: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """A place where hidden states can be edited.
 
-    name: "text", "vision" or "connector". blocks: the modules whose output is edited (of "connector": text block 0,
-    whose input is edited). width: D. owner: the module that runs the blocks. num_live: blocks from 0 whose output the
-    model reads; `dead_because` says why later ones are dead. num_cls: class tokens in front (vision). segments: the
-    position segments that exist here. drops_cls: whether the model throws the class token of the last live block away
-    (vision). path: where the blocks are in the model, for messages only.
+    name: "text", "text_encoder", "vision", "connector" or the path of a module. blocks: the modules that `layers`
+    counts. width: D. owner: the module that runs the blocks. path: where they are. segments: the position segments that
+    exist here. stream: whose token ids lay these states out, "" if they are a tower's own; num_live: blocks from 0
+    whose output the model reads; `dead_because` says why later ones are dead. drops_cls: whether the model throws the
+    class token of the last live block away. sequence_first: states are (T, B, D).
     """
 
     name: str
@@ -32,15 +57,28 @@ class Site:
     owner: nn.Module
     path: str
     segments: tuple[str, ...]
+    stream: str
     num_live: int
     dead_because: str = ""
-    num_cls: int = 0
     drops_cls: bool = False
+    sequence_first: bool = False
+    tower: Tower | None = None
 
     @property
-    def edits_input(self) -> bool:
-        """Whether the edit acts on the input of the block rather than on its output."""
-        return self.name == "connector"
+    def no_region(self) -> str:
+        """Why no region of a picture can be taken here, "" if it can."""
+        if self.stream:
+            return "" if "image" in self.segments else "its tokens are no patches"
+        tower = self.tower
+        if tower is None or tower.no_patches:
+            return "its tokens are not those of one picture"
+        return tower.no_grid
+
+    def target(self, layer: int, component: str) -> Target:
+        """Return the module to hook for a component of a layer. Raises ValueError if there is none."""
+        if self.name == "connector":
+            return Target(self.blocks[0], self.width, at_input=True)
+        return find_target(self.blocks[layer], component, self.width, f"site '{self.name}' layer {layer}")
 
     def resolve_layers(self, layers: str | tuple[int, ...], segment: str) -> tuple[int, ...]:
         """Return block numbers from 0. Raises ValueError for a layer that is not there, or whose edit is never read."""
@@ -70,169 +108,229 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Sites:
-    """Everything that `attach` has to know of a model.
+    """Everything that `attach` has to know of a model: sites by name, and what the tokens of each stream mean.
 
-    `image_token_ids`: ids that stand for image features in `input_ids`; () for a text-only model, None if unknown.
+    `image_mask`: the argument that marks image tokens where ids do not. `refused`: why a site is not there.
     """
 
+    model: nn.Module
     by_name: Mapping[str, Site]
-    image_token_ids: tuple[int, ...] | None
+    vocabularies: Mapping[str, Vocabulary]
     model_name: str
+    stacks: tuple[Stack, ...] = ()
+    image_mask: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def image_stream(self) -> str:
+        """The stream that image tokens stand in."""
+        return "text_encoder" if "text_encoder" in self.by_name else "text"
+
     def __getitem__(self, name: str) -> Site:
-        """Return a site. Raises ValueError that lists those the model has."""
+        """Return a site, by its name or a module's path. Raises ValueError that lists those the model has."""
         if name in self.by_name:
             return self.by_name[name]
-        have = ", ".join(f"'{known}'" for known in self.by_name)
-        why = f" ({self.refused[name]})" if name in self.refused else ""
-        raise ValueError(f"{self.model_name} has no site '{name}'{why}; it has {have}")
+        if name in self.refused:
+            raise ValueError(f"{self.model_name} has no site '{name}' ({self.refused[name]}); it has {self._have()}")
+        if name not in dict(self.model.named_modules()) or not name:
+            raise ValueError(
+                f"{self.model_name} has no site '{name}'; it has {self._have()}, and every module by its path"
+            )
+        return self._at_path(name)
+
+    def _have(self) -> str:
+        return ", ".join(f"'{known}'" for known in self.by_name) or "none by name"
+
+    def _at_path(self, path: str) -> Site:
+        """Make a site of a list of blocks, or of one module, whose output is edited."""
+        stack = next((stack for stack in self.stacks if path == stack.path), None)
+        module = self.model.get_submodule(path)
+        blocks = stack.blocks if stack is not None else (module,)
+        width = width_of(blocks[0], path) if stack is not None else _width_of_output(module, path)
+        around = [stack for stack in self.stacks if f"{path}.".startswith(f"{stack.path}.")]
+        known = next((site for site in self.by_name.values() if around and site.path == around[0].path), None)
+        if known is not None:
+            return replace(
+                known, name=path, blocks=blocks, width=width, path=path, num_live=len(blocks), dead_because=""
+            )
+        owner = stack.owner if stack is not None else module
+        tower = Tower(owner, no_patches="nothing is known of the states of a module named by its path")
+        return Site(path, blocks, width, owner, path, ("prompt",), "", len(blocks), tower=tower)
 
 
 def find_sites(model: nn.Module) -> Sites:
-    """Find the sites of a transformers model. Raises ValueError if it has no text stack that vlreft can edit."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}")
-    name = type(model).__name__
-    stacks: dict[str, list[tuple[str, nn.Module]]] = {"text": [], "vision": []}
-    for path, blocks in _outermost_stacks(model):
-        kind = _kind_of(model, path)
-        if kind in stacks:
-            stacks[kind].append((path, blocks))
-    refused = {}
-    for kind, found in stacks.items():
-        if len(found) > 1:
-            paths = " and ".join(path for path, _ in found)
-            refused[kind] = f"two {kind} stacks, {paths}, and vlreft cannot tell which is meant"
-        elif not found:
-            refused[kind] = f"no {kind} stack of transformer blocks was found"
-    if "text" in refused:
-        raise ValueError(f"{name} cannot be edited: {refused['text']}")
-    return _assemble(model, name, stacks, refused)
-
-
-def _assemble(
-    model: PreTrainedModel, name: str, stacks: Mapping[str, list[tuple[str, nn.Module]]], refused: dict[str, str]
-) -> Sites:
-    image_token_ids = _image_token_ids(model)
-    sites: dict[str, Site] = {}
-    segments = ("prompt", "response")
-    if image_token_ids is not None:
-        segments = ("prompt", "text", "question", "response") + (("image",) if image_token_ids else ())
-    path, blocks = stacks["text"][0]
-    text = _site(model, "text", path, blocks, segments)
-    sites["text"] = text
-    if "vision" not in refused:
-        sites["vision"] = _vision_site(model, *stacks["vision"][0])
-    if image_token_ids:
-        sites["connector"] = Site("connector", text.blocks[:1], text.width, text.owner, path, ("image",), 1)
+    """Find the sites of a model of transformers, open_clip or timm. Raises ValueError if it has no blocks to edit."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a transformers or open_clip model, got {type(model).__name__}")
+    name, stacks = type(model).__name__, find_stacks(model)
+    if not any(stack.kind != "other" for stack in stacks):
+        raise ValueError(
+            f"{name} cannot be edited: no list of transformer blocks that read text or pictures was found in it"
+        )
+    quirks = quirks_of(model.config) if isinstance(model, PreTrainedModel) else []
+    refused = {site: quirk.why for quirk in quirks for site in quirk.refuses}
+    main: dict[str, Stack] = {}
+    for kind in (*TEXT_STREAMS, "vision"):
+        _choose(kind, stacks, main, refused)
+    vocabularies = _vocabularies(model, quirks, main)
+    by_name: dict[str, Site] = {}
+    for kind, stack in main.items():
+        if kind == "vision":
+            by_name[kind] = _vision_site(model, stack, quirks)
+        else:
+            by_name[kind] = _site(kind, stack, vocabularies[kind].segments, kind)
+    image_mask = next((quirk.image_mask for quirk in quirks if quirk.image_mask), "")
+    stream = "text_encoder" if "text_encoder" in by_name else "text"
+    if stream in by_name and vocabularies[stream].image_ids and "connector" not in refused:
+        text = by_name[stream]
+        by_name["connector"] = replace(text, name="connector", blocks=text.blocks[:1], segments=("image",), num_live=1)
     else:
-        refused["connector"] = "its image features do not enter the language model at marked tokens"
-    return Sites(sites, image_token_ids, name, refused)
+        refused.setdefault("connector", "its image features do not enter the language model at marked tokens")
+    return Sites(model, by_name, vocabularies, name, tuple(stacks), image_mask, refused)
 
 
-def _site(model: nn.Module, name: str, path: str, blocks: nn.Module, segments: tuple[str, ...]) -> Site:
-    items = tuple(blocks.children())
-    owner = model.get_submodule(_owner_path(model, path))
-    return Site(name, items, _width(items[0], path), owner, path, segments, len(items))
+def _choose(kind: str, stacks: list[Stack], main: dict[str, Stack], refused: dict[str, str]) -> None:
+    """Put the one stack of a kind into `main`, or the reason why there is none into `refused`."""
+    if kind in refused:
+        return
+    of_kind = [stack for stack in stacks if stack.kind == kind]
+    found = [stack for stack in of_kind if not stack.aside] or of_kind
+    if len(found) == 1:
+        main[kind] = found[0]
+    elif found:
+        paths = " and ".join(f"'{stack.path}'" for stack in found)
+        refused[kind] = f"{len(found)} {kind} stacks, {paths}: name one of them by its path"
+    else:
+        refused[kind] = f"no {kind} stack of transformer blocks was found"
 
 
-def _vision_site(model: PreTrainedModel, path: str, blocks: nn.Module) -> Site:
-    num_blocks, tower = len(tuple(blocks.children())), _tower(model, path)
-    num_cls = sum(1 for name, _ in tower.named_parameters() if name.rpartition(".")[2] in CLASS_TOKEN_NAMES)
-    num_live, dead_because = num_blocks, ""
-    if (read := getattr(model.config, "vision_feature_layer", None)) is not None:
-        states = [read] if isinstance(read, int) else list(read)
-        # hidden_states[0] is the embedding, so state k is the output of block k - 1.
-        num_live = max(state if state >= 0 else num_blocks + 1 + state for state in states)
-        dead_because = f"{type(model).__name__} reads the output of layer {num_live - 1} (vision_feature_layer={read})"
-    site = _site(model, "vision", path, blocks, ("prompt", "patches") + (("cls",) if num_cls else ()))
-    drops_cls = getattr(model.config, "vision_feature_select_strategy", None) == "default"
-    return replace(site, num_live=num_live, dead_because=dead_because, num_cls=num_cls, drops_cls=drops_cls)
+def _site(name: str, stack: Stack, segments: tuple[str, ...], stream: str) -> Site:
+    batch_first = getattr(stack.owner, "batch_first", True)  # of open_clip's Transformer
+    return Site(
+        name,
+        stack.blocks,
+        width_of(stack.blocks[0], stack.path),
+        stack.owner,
+        stack.path,
+        segments,
+        stream,
+        len(stack.blocks),
+        sequence_first=batch_first is False,
+    )
 
 
-def _outermost_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    found: list[str] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{stack}.") for stack in found)
-        if not inside and isinstance(module, nn.ModuleList | nn.Sequential) and _is_stack(module):
-            found.append(path)
-            yield path, module
+def _vision_site(model: nn.Module, stack: Stack, quirks: list[Quirk]) -> Site:
+    tower = _tower(model, stack, quirks)
+    segments = tuple(
+        s for s in TOWER_SEGMENTS if s == "prompt" or (not tower.no_patches and (s != "cls" or tower.num_cls))
+    )
+    site = replace(_site("vision", stack, segments, ""), tower=tower)
+    read = getattr(config_of(model), "vision_feature_layer", None)
+    if read is None:
+        return site
+    num_blocks = len(stack.blocks)
+    states = [read] if isinstance(read, int) else list(read)
+    # hidden_states[0] is the embedding, so state k is the output of block k - 1.
+    num_live = max(state if state >= 0 else num_blocks + 1 + state for state in states)
+    dead_because = f"{type(model).__name__} reads the output of layer {num_live - 1} (vision_feature_layer={read})"
+    drops_cls = getattr(config_of(model), "vision_feature_select_strategy", None) == "default"
+    return replace(site, num_live=num_live, dead_because=dead_because, drops_cls=drops_cls)
 
 
-def _is_stack(blocks: nn.Module) -> bool:
-    items = list(blocks.children())
-    if items and all(isinstance(item, GradientCheckpointingLayer) for item in items):
-        return True
-    has_attention = [any("att" in name.lower() for name, _ in item.named_children()) for item in items]
-    return bool(items) and len({type(item) for item in items}) == 1 and all(has_attention)
+def _tower(model: nn.Module, stack: Stack, quirks: list[Quirk]) -> Tower:
+    path = tower_path(model, stack.path)
+    if not isinstance(model, PreTrainedModel):
+        path = stack.path.partition(".")[0] if "." in stack.path else ""  # `visual`, or the tower is the model
+    module = model.get_submodule(path)
+    named = dict(module.named_parameters())
+    num_cls = sum(1 for name in named if name.rpartition(".")[2] in CLASS_TOKEN_NAMES)
+    registers = [parameter for name, parameter in named.items() if name.rpartition(".")[2] in REGISTER_NAMES]
+    mixed = next((quirk.why for quirk in quirks if quirk.mixed_tokens), "")
+    return Tower(
+        module,
+        num_cls,
+        sum(parameter.shape[-2] for parameter in registers),
+        any(quirk.cls_last for quirk in quirks),
+        _patch_size(module),
+        next((quirk.patch_order for quirk in quirks if quirk.patch_order), ""),
+        mixed,
+    )
 
 
-def _config_of(module: nn.Module) -> PreTrainedConfig | None:
-    config = getattr(module, "config", None)
-    return config if isinstance(config, PreTrainedConfig) else None
+def _patch_size(tower: nn.Module) -> tuple[int, int] | None:
+    """Return the pixels of a patch: the config says it, or the convolution that cuts the picture."""
+    size = getattr(config_of(tower), "patch_size", None)
+    if size is None:
+        cuts = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride]
+        size = cuts[0].kernel_size if len(cuts) == 1 else None
+    if isinstance(size, int):
+        return (size, size)
+    return (size[0], size[1]) if isinstance(size, tuple | list) and len(size) == 2 else None
 
 
-def _owner_path(model: nn.Module, path: str) -> str:
-    while path:
-        path = path.rpartition(".")[0]
-        if _config_of(model.get_submodule(path)) is not None:
-            return path
-    return path
+def _vocabularies(model: nn.Module, quirks: list[Quirk], main: Mapping[str, Stack]) -> dict[str, Vocabulary]:
+    """Say for each stream what its ids mean: image features stand in the encoder's where there is one."""
+    streams = {kind: WORDS for kind in main if kind in TEXT_STREAMS}
+    if not isinstance(model, PreTrainedModel):
+        return {kind: _open_clip_vocabulary(model) for kind in streams}
+    if model.config.is_encoder_decoder and "text_encoder" not in streams:
+        return streams  # an encoder of pictures; the decoder's tokens are words
+    images_in = "text_encoder" if "text_encoder" in streams else "text"
+    if images_in not in streams:
+        return streams
+    streams[images_in] = replace(_images_among(model, quirks), **_pooling(model, quirks))
+    return streams
 
 
-def _kind_of(model: PreTrainedModel, path: str) -> str:
-    """Return "text", "vision" or "other" for the stack at `path`, by its owner's place among the sub-configs."""
-    owner_config = _config_of(model.get_submodule(_owner_path(model, path)))
-    named = list(_sub_configs(model.config))
-    matches = [name for name, config in named if config is owner_config]
-    matches = matches or [name for name, config in named if type(config) is type(owner_config)]
-    for name in matches:
-        if "vision" in name or name.startswith("image"):
-            return "vision"
-        if "text" in name or name in ("", "llm_config", "decoder"):
-            return "vision" if model.main_input_name == "pixel_values" and not _has_text(model) else "text"
-    return "other"
-
-
-def _has_text(model: PreTrainedModel) -> bool:
-    return model.get_input_embeddings() is not None and isinstance(model.get_input_embeddings(), nn.Embedding)
-
-
-def _sub_configs(config: PreTrainedConfig, name: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Yield the sub-configs by name, innermost first, the root last under the name ""."""
-    for key in config.sub_configs:
-        sub = getattr(config, key, None)
-        if isinstance(sub, PreTrainedConfig):
-            yield from _sub_configs(sub, key)
-    yield name, config
-
-
-def _tower(model: PreTrainedModel, path: str) -> nn.Module:
-    """Return the outermost module above `path` that has the tower's own config."""
-    owner = _owner_path(model, path)
-    config, tower = _config_of(model.get_submodule(owner)), owner
-    while owner:
-        owner = owner.rpartition(".")[0]
-        if _config_of(model.get_submodule(owner)) is config:
-            tower = owner
-    return model.get_submodule(tower)
-
-
-def _width(block: nn.Module, path: str) -> int:
-    """Return D, read off the block's shallowest normalisation: configs name it in a dozen ways, some misleading."""
-    modules = sorted(block.named_modules(), key=lambda item: item[0].count(".") + bool(item[0]))
-    for name, module in modules:
-        weight = getattr(module, "weight", None)
-        if "norm" in f"{type(module).__name__} {name}".lower() and weight is not None and weight.dim() == 1:
-            return weight.shape[0]
-    raise ValueError(f"the hidden width of the blocks at '{path}' cannot be read: they have no normalisation layer")
-
-
-def _image_token_ids(model: PreTrainedModel) -> tuple[int, ...] | None:
+def _images_among(model: PreTrainedModel, quirks: list[Quirk]) -> Vocabulary:
     config = model.config
-    image_token_id = getattr(config, "image_token_id", None)
-    if isinstance(image_token_id, int):
-        return (image_token_id,)
-    has_vision = any("vision" in name or name.startswith("image") for name, _ in _sub_configs(config))
-    return None if has_vision else ()
+    ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id", "video_token_index")]
+    image_ids = tuple(dict.fromkeys(token_id for token_id in ids if isinstance(token_id, int)))
+    others = [getattr(config, name, None) for name in MARKER_ATTRIBUTES]
+    marks = tuple(token_id for token_id in others if isinstance(token_id, int))
+    if any(quirk.marks_only for quirk in quirks):
+        return Vocabulary((), image_ids + marks)
+    if any(quirk.image_mask for quirk in quirks):
+        return Vocabulary((-1,), marks)  # told by a mask, by no id
+    if image_ids:
+        return Vocabulary(image_ids, marks)
+    is_dual = any(quirk.pools for quirk in quirks) or config.is_encoder_decoder
+    return Vocabulary(None if has_vision_config(config) and not is_dual else (), marks)
+
+
+def _pooling(model: PreTrainedModel, quirks: list[Quirk]) -> dict[str, int | str]:
+    pools = next((quirk.pools for quirk in quirks if quirk.pools), "")
+    if not pools:
+        return {}
+    config = model.config.get_text_config()
+    end, pad = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
+    if pools == "end" and end == 2:
+        pools = "largest"  # OpenAI's first files name a wrong end token; transformers takes the largest id there
+    return {"pools": pools, "end_id": -1 if end is None else end, "pad_id": -1 if pad is None else pad}
+
+
+def _open_clip_vocabulary(model: nn.Module) -> Vocabulary:
+    """Read how open_clip's text tower pools: an attribute of the model, or of its text tower."""
+    for tower in (model, *dict(model.named_children()).values()):
+        pools = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+        if isinstance(pools, str):
+            end, pad = (getattr(tower, name, None) for name in ("eos_id", "pad_id"))
+            pools = {"argmax": "largest", "eos": "end"}.get(pools, pools)
+            pools = pools if pools in ("first", "last", "largest", "end") else ""
+            return Vocabulary((), (), pools, end if isinstance(end, int) else -1, pad if isinstance(pad, int) else 0)
+    return WORDS
+
+
+def _width_of_output(module: nn.Module, path: str) -> int:
+    """Return the width of a module's output, read off its last layer that has one."""
+    for layer in reversed(list(module.modules())):
+        if isinstance(layer, nn.Linear):
+            return layer.out_features
+        if isinstance(layer, nn.Embedding):
+            return layer.embedding_dim
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.dim() == 1:
+            return weight.shape[0]
+    raise ValueError(
+        f"the width of what module '{path}' gives cannot be read off it; name a module with a linear layer"
+    )

@@ -403,6 +403,7 @@ REGROUPED_ROWS = (
             **IMAGE_IDS,
             **{"out_hidden_size": 128, "projector_hidden_size": 32},
         ),
+        grid=None,
         vision="model.vision_tower.layers",
     ),
     # The same tower.
@@ -425,6 +426,7 @@ REGROUPED_ROWS = (
             **IMAGE_IDS,
             **{"audio_token_id": 59, "out_hidden_size": 128, "projector_hidden_size": 32},
         ),
+        grid=None,
         vision="model.vision_tower.layers",
     ),
 )

@@ -359,6 +359,9 @@ MERGING = (
         text="language_model.model.layers",
         vision="vision_model.model.layers",
         vision_tokens=17,
+        num_cls=1,
+        cls_last=True,
+        grid=(4, 4),
         **{**ONE_IMAGE, "media": pixels(56)},
     ),
 )
@@ -751,7 +754,6 @@ PATCHED = (
         text=TEXT,
         vision="model.vision_tower.layers",
         vision_tokens=16,
-        grid=(4, 4),
         **{**ONE_IMAGE, "media": _molmo_crops, "image_tokens": (START_ID, *FOUR, END_ID)},
         extra=_types("mm_token_type_ids"),
     ),
@@ -854,6 +856,7 @@ CONVOLUTIONS = (
             **{"boa_token_id": 66, "eoa_token_id": 67, "audio_token_id": 68},
         ),
         text=TEXT,
+        refused={"text": "several residual streams", "connector": "several residual streams"},
         **{**ONE_IMAGE, "media": pixels(64)},
     ),
 )

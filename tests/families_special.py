@@ -165,6 +165,7 @@ FRONT_ROWS = (
         grid=(2, 2),
         position_ids=True,
         samples=ONE_EACH,
+        refused={"text": "stand before the words"},
         skips={
             "no images": "the loss leaves out the picture's tokens, there or not: ValueError of 4 logits and 14 labels",
             "checkpointing": "RuntimeError: a leaf Variable that requires grad is being used in an in-place operation",
@@ -187,7 +188,6 @@ FRONT_ROWS = (
         grid=(2, 2),
         samples=SOME_EACH,
         extra=_image_mask,
-        refused={"connector": "at marked tokens"},
         skips={
             **WANTS_PICTURES,
             **COUNTS_PADS,
@@ -214,7 +214,6 @@ FRONT_ROWS = (
         vision_tokens=6,
         grid=(2, 3),
         extra=_image_mask,
-        refused={"connector": "at marked tokens"},
         skips={
             "left padding": "behind the prompt, `generate` with a cache counts the pads in front of it as positions"
         },
@@ -388,6 +387,7 @@ CROSS_ROWS = (
         vision="model.vision_model.transformer.layers",
         media=_tiles,
         image_tokens=(IMAGE_ID,),
+        vision_positions=("all",),
         vision_tokens=8,
         num_cls=1,
         samples=ONE_EACH,
@@ -580,6 +580,7 @@ ENCODER_ROWS = (
         samples=ONE_EACH,
         write=_encoded(pixels(32), more=_boxes),
         takes_fullgraph=False,
+        refused={"text_encoder": "stand behind the words"},
         skips={
             "batching": "pads behind a prompt stand between it and the picture and are counted in relative positions",
             "checkpointing": "RuntimeError: a leaf Variable that requires grad is being used in an in-place operation",
@@ -596,6 +597,7 @@ ENCODER_ROWS = (
         samples=ONE_EACH,
         write=_encoded(pixels(28), more=_answer_numbers),
         takes_fullgraph=False,
+        refused={"text": "stand behind the words"},
         skips={**WANTS_PICTURES, **ABSOLUTE, "generate": "it sorts questions into answers and writes none"},
     ),
 )

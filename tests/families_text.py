@@ -301,7 +301,7 @@ OTHER_DECODERS = (
             **{"layer_types": ["sliding_attention"] * 3, "mlp_layer_types": ["moe"] * 3},
         ),
         text="model.layers",
-        refused={"text": "residual streams"},
+        refused={"text": "several residual streams"},
     ),
 )
 

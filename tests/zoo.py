@@ -288,10 +288,13 @@ def plain_tower_positions(text: str, family: Family) -> list[int]:
     segment, _, selects = text.partition(":") if re.match(r"[a-z]+:[^,]", text) else ("", "", text)
     if text in ("cls", "patches"):
         segment, selects = text, "all"
-    everything, num_cls = list(range(family.vision_tokens)), family.num_cls
+    num_cls, first = family.num_cls, 0 if family.cls_last else family.num_cls
+    num_patches = family.vision_tokens - num_cls if family.grid is None else math.prod(family.grid)
+    everything = list(range(num_cls + num_patches))  # what is left are pads
     if selects.startswith(("rows", "box")):
-        return [num_cls + place for place in _plain_region(selects, family)]
-    members = {"cls": everything[:num_cls], "patches": everything[num_cls:], "": everything}[segment]
+        return [first + place for place in _plain_region(selects, family)]
+    patches = everything[first : first + num_patches]
+    members = {"cls": sorted({*everything} - {*patches}), "patches": patches, "": everything}[segment]
     return sorted({members[rank] for rank in _plain_ranks(selects.split("+"), len(members))})
 
 

@@ -22,7 +22,8 @@ class Batches:
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         self.sites = sites
         self.is_generative = isinstance(model, GenerationMixin)
-        self.has_encoder = isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder)
+        by_config = isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder)
+        self.has_encoder = by_config or {"text", "text_encoder"} <= set(sites.by_name)
         self.looked_at_one = False
 
     def lay_out(
@@ -78,7 +79,8 @@ class Batches:
         if tokens is None:
             raise ValueError("the model was called without `labels` and `decoder_input_ids`: positions need tokens")
         _refuse_continuing(call)
-        return decoder_layout(labels_BL, (tokens.shape[0], tokens.shape[1]), tokens.device)
+        shape = (tokens.shape[0], tokens.shape[1])
+        return decoder_layout(labels_BL, shape, tokens.device, in_place=self.sites.labels_in_place)
 
     def _tokens(self, stream: str, call: Mapping[str, Any], is_prompt_BL: Tensor | None = None) -> TokenLayout:
         tokens = tokens_in(call)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -310,7 +311,7 @@ class Runtime:
 
     def _ids_arrive(self, stream: Stream, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Lay out the texts of an open_clip model: its tower is run by methods, and sees no ids but here."""
-        ids_BL = args[0]
+        ids_BL = F.pad(args[0], (0, stream.vocabulary.num_behind), value=stream.vocabulary.pad_id)
         stream.open(text_layout(tuple(ids_BL.shape), ids_BL.device, stream.vocabulary, input_ids_BL=ids_BL))
 
     def _owner_starts(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TEXT_SEGMENTS = ("prompt", "text", "image", "question", "response", "eos")
@@ -74,7 +75,8 @@ class Vocabulary:
     image_ids: those that stand for features of a picture; () where words are all there is, None where the model has
     pictures but does not say which tokens they are (then only `prompt` and `response` exist). marks: ids that hold the
     place of something else (a picture that comes in elsewhere, sound), which is neither text nor image. pools: where a
-    dual encoder reads its text embedding ("first", "last", "end", "largest"; "" where nowhere), `end_id` the end token.
+    dual encoder reads its text embedding ("first", "last", "end", "largest"; "" where nowhere), `end_id` the end token, `pad_id` what is
+    padded with. num_behind: tokens without an id that the tower puts behind the text.
     """
 
     image_ids: tuple[int, ...] | None = ()
@@ -82,6 +84,7 @@ class Vocabulary:
     pools: str = ""
     end_id: int = -1
     pad_id: int = -1
+    num_behind: int = 0
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -188,16 +191,17 @@ def refuse_bad_labels(labels_BL: Tensor) -> None:
     )
 
 
-def decoder_layout(labels_BL: Tensor | None, shape: tuple[int, int], device: torch.device) -> TokenLayout:
+def decoder_layout(
+    labels_BL: Tensor | None, shape: tuple[int, int], device: torch.device, *, in_place: bool = False
+) -> TokenLayout:
     """Lay out the decoder's tokens of an encoder-decoder in training: position 0 starts, position t holds label t - 1.
 
-    `shape` is (B, L). The prompt is what stands before the first labelled token is read; without labels, everything.
+    With `in_place` position t holds label t. `shape` is (B, L). The prompt is what stands before the first labelled token is read; without labels, everything.
     """
     if labels_BL is None:
         return text_layout(shape, device)
     labelled_BL = labels_BL != -100
-    read_BL = labelled_BL.roll(1, 1)
-    read_BL[:, 0] = False
+    read_BL = labelled_BL if in_place else F.pad(labelled_BL[:, :-1], (1, 0))
     is_prompt_BL = read_BL.cumsum(1) == 0
     still_to_come_BL = labelled_BL.flip(1).cumsum(1).flip(1) > 0
     return text_layout(shape, device, attention_mask_BL=still_to_come_BL, is_prompt_BL=is_prompt_BL)

@@ -110,7 +110,8 @@ class Site:
 class Sites:
     """Everything that `attach` has to know of a model: sites by name, and what the tokens of each stream mean.
 
-    `image_mask`: the argument that marks image tokens where ids do not. `refused`: why a site is not there.
+    `image_mask`: the argument that marks image tokens where ids do not. `labels_in_place`: label t of a decoder is its
+    token t, not its token t + 1. `refused`: why a site is not there.
     """
 
     model: nn.Module
@@ -119,6 +120,7 @@ class Sites:
     model_name: str
     stacks: tuple[Stack, ...] = ()
     image_mask: str = ""
+    labels_in_place: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -180,13 +182,14 @@ def find_sites(model: nn.Module) -> Sites:
         else:
             by_name[kind] = _site(kind, stack, vocabularies[kind].segments, kind)
     image_mask = next((quirk.image_mask for quirk in quirks if quirk.image_mask), "")
+    labels_in_place = any(quirk.labels_in_place for quirk in quirks)
     stream = "text_encoder" if "text_encoder" in by_name else "text"
     if stream in by_name and vocabularies[stream].image_ids and "connector" not in refused:
         text = by_name[stream]
         by_name["connector"] = replace(text, name="connector", blocks=text.blocks[:1], segments=("image",), num_live=1)
     else:
         refused.setdefault("connector", "its image features do not enter the language model at marked tokens")
-    return Sites(model, by_name, vocabularies, name, tuple(stacks), image_mask, refused)
+    return Sites(model, by_name, vocabularies, name, tuple(stacks), image_mask, labels_in_place, refused)
 
 
 def _choose(kind: str, stacks: list[Stack], main: dict[str, Stack], refused: dict[str, str]) -> None:
@@ -272,7 +275,7 @@ def _vocabularies(model: nn.Module, quirks: list[Quirk], main: Mapping[str, Stac
     """Say for each stream what its ids mean: image features stand in the encoder's where there is one."""
     streams = {kind: WORDS for kind in main if kind in TEXT_STREAMS}
     if not isinstance(model, PreTrainedModel):
-        return {kind: _open_clip_vocabulary(model) for kind in streams}
+        return {kind: _open_clip_vocabulary(model, main[kind]) for kind in streams}
     if model.config.is_encoder_decoder and "text_encoder" not in streams:
         return streams  # an encoder of pictures; the decoder's tokens are words
     images_in = "text_encoder" if "text_encoder" in streams else "text"
@@ -309,16 +312,16 @@ def _pooling(model: PreTrainedModel, quirks: list[Quirk]) -> dict[str, int | str
     return {"pools": pools, "end_id": -1 if end is None else end, "pad_id": -1 if pad is None else pad}
 
 
-def _open_clip_vocabulary(model: nn.Module) -> Vocabulary:
+def _open_clip_vocabulary(model: nn.Module, stack: Stack) -> Vocabulary:
     """Read how open_clip's text tower pools: an attribute of the model, or of its text tower."""
-    for tower in (model, *dict(model.named_children()).values()):
-        pools = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-        if isinstance(pools, str):
-            end, pad = (getattr(tower, name, None) for name in ("eos_id", "pad_id"))
-            pools = {"argmax": "largest", "eos": "end"}.get(pools, pools)
-            pools = pools if pools in ("first", "last", "largest", "end") else ""
-            return Vocabulary((), (), pools, end if isinstance(end, int) else -1, pad if isinstance(pad, int) else 0)
-    return WORDS
+    tower = model.get_submodule(stack.path.partition(".")[0]) if "." in stack.path else model
+    pools = getattr(model, "text_pool_type", getattr(tower, "pool_type", None))
+    pools = {"argmax": "largest", "eos": "end", "first": "first", "last": "last"}.get(str(pools), "")
+    end, pad = (getattr(tower, name, getattr(model, f"text_{name}", None)) for name in ("eos_id", "pad_id"))
+    end, pad = (number if isinstance(number, int) else default for number, default in ((end, -1), (pad, 0)))
+    # CoCa puts a token of its own behind the text, and pools it.
+    num_behind = int(getattr(tower, "cls_emb", None) is not None)
+    return Vocabulary((), (), "last" if num_behind else pools, end, pad, num_behind)
 
 
 def _width_of_output(module: nn.Module, path: str) -> int:

@@ -287,6 +287,7 @@ OTHER_DECODERS = (
             },
         ),
         text="backbone.layers",
+        skips={"generate": "its cache does not count tokens: refused, see the test of that"},
     ),
     # States are (B, T, 4, D): four residual streams that each block mixes.
     Family(

@@ -51,15 +51,15 @@ class Family:
     build: makes the model, the same every time. text, text_encoder, vision: the paths of the blocks; `text` is the
     decoder's where there are two. media: turns pictures (their numbers) into keyword arguments. image_tokens: the ids
     that stand for one picture in the text. image_id: which of them is replaced by features. vision_tokens: tokens of a
-    picture in the tower, class tokens included; num_cls: how many of them are class tokens, in front unless cls_last. grid: rows and
-    columns of the patches of one picture (patch_pixels wide and high). states: how the tower's blocks hold their
-    states: "rows" (a row a picture), "packed" (all pictures in one row), "tiles" (several rows a picture) or "spatial"
-    (B, H, W, D). first_id: added to a sample's numbers, so that they avoid special ids. end_ids: ids behind each
-    prompt. position_ids: whether to say them, for a model that would count pads. extra: makes further arguments from the batch. write: makes the whole batch
-    instead (samples, side, answer, more_pads). samples: what one batch can hold. vision_positions: what can be
-    asked of its tower, where that is not the usual. takes_fullgraph: whether the base
-    alone compiles without a graph break. refused: why sites cannot be edited, as patterns of the message. skips: laws
-    that the base itself breaks, with what was seen.
+    picture in the tower, class tokens included; num_cls: how many of them are class tokens, in front unless cls_last.
+    grid: rows and columns of the patches of one picture (patch_pixels wide and high). states: how the tower's blocks
+    hold their states: "rows" (a row a picture), "packed" (all pictures in one row), "tiles" (several rows a picture) or
+    "spatial" (B, H, W, D). first_id: added to a sample's numbers, so that they avoid special ids. end_ids: ids behind
+    each prompt. position_ids: whether to say them, for a model that would count pads. extra: makes further arguments
+    from the batch. write: makes the whole batch instead (samples, side, answer, more_pads). samples: what one batch can
+    hold. vision_positions: what can be asked of its tower, where that is not the usual. takes_fullgraph: whether the
+    base alone compiles without a graph break. refused: why sites cannot be edited, as patterns of the message. skips:
+    laws that the base itself breaks, with what was seen.
     """
 
     name: str

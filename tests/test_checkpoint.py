@@ -188,8 +188,8 @@ BROKEN = {
     "nested too deep": (put(CONFIG_NAME, b"[" * 200_000), "reft_config.json is not JSON"),
     "JSON of a list": (put(CONFIG_NAME, b"[1]"), "reft_config.json must hold a JSON object, got list"),
     "unknown version": (
-        edit_json(lambda data: data.update(format_version=2)),
-        NOT_A_CONFIG + r"`format_version` \(=2\) is not 1",
+        edit_json(lambda data: data.update(format_version=3)),
+        NOT_A_CONFIG + r"`format_version` \(=3\) is not 2",
     ),
     "surplus key": (edit_json(lambda data: data.update(more=2)), NOT_A_CONFIG + "more"),
     "no interventions": (edit_json(lambda data: data.pop("interventions")), NOT_A_CONFIG + "'interventions'"),

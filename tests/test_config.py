@@ -193,9 +193,10 @@ def item_of(**changes):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (data_of(format_version=2), r"`format_version` \(=2\) is not 1; it was made by another vlreft"),
-        (data_of(format_version="1"), r"`format_version` \(='1'\) is not 1"),
-        (without(data_of(), "format_version"), r"`format_version` \(=None\) is not 1"),
+        (data_of(format_version=3), r"`format_version` \(=3\) is not 2; it was made by another vlreft"),
+        (data_of(format_version="1"), r"`format_version` \(='1'\) is not 2"),
+        (without(data_of(), "format_version"), r"`format_version` \(=None\) is not 2"),
+        (without(data_of(), "modules_to_save"), "needs a list under 'modules_to_save'"),
         (without(data_of(), "interventions"), "needs a list under 'interventions'"),
         (data_of(interventions={}), "needs a list under 'interventions'"),
         ([], "needs a list under 'interventions'"),

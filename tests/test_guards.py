@@ -42,8 +42,11 @@ ARROWS = {
     "hooks": {
         *("batches", "blocks", "components", "layout", "placed", "positions", "prompts", "sites", "streams", "towers"),
     },
+    "heads": {"components", "hooks", "placed", "sites"},
     "checkpoint": {"config"},
-    "reft": {"checkpoint", "components", "config", "hooks", "interventions", "layout", "placed", "sites"},
+    "reft": {
+        *("checkpoint", "components", "config", "heads", "hooks", "interventions", "layout", "placed", "sites"),
+    },
     "prefix": {"hooks", "layout", "reft", "selects", "streams"},
     "trainer": {"data", "layout", "prefix", "reft"},
     "contrast": {"samples"},

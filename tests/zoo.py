@@ -7,6 +7,7 @@ Models are made on the spot from a config, with random weights loud enough for a
 families read the same `SAMPLES`; `batch` writes them down as a family wants them.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -350,19 +351,24 @@ class Spy:
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
         self.kept: list[Tensor] = []
+        self.kept_after: list[Tensor] = []
         self.handles: list[Any] = []
 
     def __enter__(self) -> "Spy":
         """Hook the block on both sides of the library's hook."""
 
-        def first(_module: object, args: Any, output: Any = None) -> None:
-            self.before.append(self._state(args, output))
+        def first(_module: object, args: Any, *more: Any) -> None:
+            self.before.append(self._state(args, more))
             self.kept.append(self.before[-1].detach().clone())
 
-        def last(_module: object, args: Any, output: Any = None) -> None:
-            self.after.append(self._state(args, output))
+        def last(_module: object, args: Any, *more: Any) -> None:
+            self.after.append(self._state(args, more))
+            self.kept_after.append(self.after[-1].detach().clone())
 
-        register = self.block.register_forward_pre_hook if self.of_input else self.block.register_forward_hook
+        if self.of_input:
+            register = functools.partial(self.block.register_forward_pre_hook, with_kwargs=True)
+        else:
+            register = self.block.register_forward_hook
         self.handles = [register(first, prepend=True), register(last)]
         return self
 
@@ -371,13 +377,16 @@ class Spy:
         for handle in self.handles:
             handle.remove()
 
-    def _state(self, args: Any, output: Any) -> Tensor:
-        value = args if self.of_input else output
+    def _state(self, args: Any, more: Any) -> Tensor:
+        value = more[0] if not self.of_input else args or list(more[0].values())
         return value[0] if isinstance(value, tuple | list) else value
 
     def edited(self, call: int = 0) -> Tensor:
-        """Return mask_BT (mask_T of a packed tower): where a call's states were changed in any number."""
-        return (self.before[call] != self.after[call]).any(-1)
+        """Return mask_BT (mask_T of a packed tower): where a call's states were changed in any number.
+
+        Copies are compared: a block may go on to write into what it was handed.
+        """
+        return (self.kept[call] != self.kept_after[call]).any(-1)
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from vlreft.layout import TokenLayout, decoder_layout, prompt_from_labels, refuse_bad_labels, text_layout
 from vlreft.placed import Placed
 from vlreft.sites import Sites
-from vlreft.streams import cache_in
+from vlreft.streams import cache_in, length_of
 
 
 class Batches:
@@ -56,7 +56,7 @@ class Batches:
         tokens = tokens_in(call)
         if tokens is None:
             raise ValueError("the model was called without `input_ids` and `inputs_embeds`: positions need tokens")
-        _refuse_continuing(call)
+        _refuse_continuing(call, self.sites.model_name)
         labels = call.get("labels")
         is_labelled = isinstance(labels, Tensor) and labels.shape == tokens.shape[:2] and self.is_generative
         labels_BL = labels if is_labelled else None
@@ -78,7 +78,7 @@ class Batches:
         tokens = tokens_in(call) if tokens is None else tokens  # BART shifts its input where it is given no more
         if tokens is None:
             raise ValueError("the model was called without `labels` and `decoder_input_ids`: positions need tokens")
-        _refuse_continuing(call)
+        _refuse_continuing(call, self.sites.model_name)
         shape = (tokens.shape[0], tokens.shape[1])
         return decoder_layout(labels_BL, shape, tokens.device, in_place=self.sites.labels_in_place)
 
@@ -125,18 +125,18 @@ def tokens_in(call: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _refuse_continuing(call: Mapping[str, Any]) -> None:
+def _refuse_continuing(call: Mapping[str, Any], model_name: str) -> None:
     cache = cache_in(call.values())
-    if cache is not None and _is_filled(cache):
+    if cache is not None and _is_filled(cache, model_name):
         raise ValueError(
             "a forward that continues a cache outside of `generate`: nothing says which tokens are the prompt; "
             "run it inside `with reft.prompt(input_ids, attention_mask):`"
         )
 
 
-def _is_filled(cache: Cache) -> bool:
+def _is_filled(cache: Cache, model_name: str) -> bool:
     """Return whether a cache holds tokens; a static one counts them on the device, which costs a synchronisation."""
-    length = cache.get_seq_length()
+    length = length_of(cache, model_name)
     if isinstance(length, Tensor) and torch.compiler.is_compiling():
         return False
     return bool(length > 0)

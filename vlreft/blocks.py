@@ -28,7 +28,14 @@ class ScopedCheckpoint:
         self.snapshot = snapshot
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint `forward`."""
+        """Checkpoint `forward`. Raises ValueError where the edits inside would get no gradient."""
+        is_reentrant = getattr(self.function, "keywords", {}).get("use_reentrant", False)
+        needs = any(isinstance(value, Tensor) and value.requires_grad for value in args)
+        if is_reentrant and not needs and torch.is_grad_enabled():
+            raise ValueError(
+                "reentrant activation checkpointing gives edits inside a block no gradient where nothing before the "
+                'block has one; use {"use_reentrant": False}'
+            )
         restore = self.snapshot()
 
         def in_its_scope(*inner: Any, **more: Any) -> Any:

@@ -17,6 +17,8 @@ from vlreft.config import ReftConfig
 CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
 CARD_NAME = "README.md"
+# Tensors of modules that are trained whole: `modules_to_save.<name>.<parameter>`, the name with "/" for ".".
+MODULES_PREFIX = "modules_to_save."
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> 
     files = {
         WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
         CONFIG_NAME: json.dumps(data, indent=2).encode(),
-        CARD_NAME: _card(checkpoint, sum(t.numel() for t in tensors.values())).encode(),
+        CARD_NAME: _card(checkpoint).encode(),
     }
     _replace(path, files)
 
@@ -99,7 +101,8 @@ def copy_tensors(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     for name in sorted(set(tensors) & set(parameters)):
         if tensors[name].shape != parameters[name].shape:
             wanted, got = tuple(parameters[name].shape), tuple(tensors[name].shape)
-            problems.append(f"'{name}' has shape {got} in the file and {wanted} by its config")
+            by = "in the base" if name.startswith(MODULES_PREFIX) else "by its config"
+            problems.append(f"'{name}' has shape {got} in the file and {wanted} {by}")
         elif tensors[name].dtype != torch.float32:
             problems.append(f"'{name}' is {tensors[name].dtype} in the file, it must be torch.float32")
     if problems:
@@ -147,12 +150,18 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _card(checkpoint: Checkpoint, num_parameters: int) -> str:
-    base = checkpoint.base
+def _card(checkpoint: Checkpoint) -> str:
+    base, tensors = checkpoint.base, checkpoint.tensors
     rows = "\n".join(
         f"| {item.method} | {item.site} | {item.layers} | `{item.positions}` | {item.rank} | {item.tied} |"
         for item in checkpoint.config.interventions
     )
+    edits = sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith(MODULES_PREFIX))
+    modules = ""
+    for name in checkpoint.config.modules_to_save:
+        prefix = f"{MODULES_PREFIX}{name.replace('.', '/')}."
+        num_here = sum(tensor.numel() for key, tensor in tensors.items() if key.startswith(prefix))
+        modules += f"\nBeside them, `{name}` was trained whole: {num_here:,} numbers.\n"
     return f"""---
 library_name: vlreft
 base_model: {base.name_or_path or base.class_name}
@@ -161,8 +170,8 @@ tags: [reft, representation-finetuning]
 
 # A vlreft adapter
 
-Interventions on the hidden states of a frozen {base.class_name}; {num_parameters:,} numbers were trained.
-
+Interventions on the hidden states of a frozen {base.class_name}; {edits:,} numbers were trained.
+{modules}
 | method | site | layers | positions | rank | tied |
 |---|---|---|---|---|---|
 {rows}

@@ -221,10 +221,11 @@ class Runtime:
         if mask_BL is None and ids_BL is not None:
             mask_BL = guess_attention_mask(model, ids_BL, args, kwargs)
         num_start = decoder_prompt_length(model, kwargs) if self.batches.has_encoder else 1
+        num_tokens = tokens.shape[1] - self.sites.num_dropped
         with self.prompt(
-            ids_BL,
-            mask_BL,
-            (tokens.shape[0], tokens.shape[1]),
+            None if ids_BL is None else ids_BL[:, :num_tokens],
+            None if mask_BL is None else mask_BL[:, :num_tokens],
+            (tokens.shape[0], num_tokens),
             tokens.device,
             is_image_BL=self.batches.image_mask(kwargs),
             repeats=True,
@@ -348,7 +349,7 @@ class Runtime:
         if not idle:
             return None
         zeros = [parameter.sum() * 0.0 for placed in idle for parameter in placed.edit.parameters()]
-        return _add_to_first(output, torch.stack([zero.to(zeros[0]) for zero in zeros]).sum())
+        return add_to_first(output, torch.stack([zero.to(zeros[0]) for zero in zeros]).sum())
 
     # Editing ---------------------------------------------------------------------------------------------------
 
@@ -399,7 +400,7 @@ class Runtime:
         return self.streams[site.stream].current_call().select(placed, (h.shape[0], h.shape[1]), h.device)
 
 
-def _add_to_first(output: Any, zero: Tensor) -> Any:
+def add_to_first(output: Any, zero: Tensor) -> Any:
     """Add to the loss if there is one, else to logits, or states where there is no head."""
     if isinstance(output, dict):
         first = next(name for name, value in output.items() if _is_float(value))

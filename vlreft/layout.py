@@ -75,8 +75,8 @@ class Vocabulary:
     image_ids: those that stand for features of a picture; () where words are all there is, None where the model has
     pictures but does not say which tokens they are (then only `prompt` and `response` exist). marks: ids that hold the
     place of something else (a picture that comes in elsewhere, sound), which is neither text nor image. pools: where a
-    dual encoder reads its text embedding ("first", "last", "end", "largest"; "" where nowhere), `end_id` the end token, `pad_id` what is
-    padded with. num_behind: tokens without an id that the tower puts behind the text.
+    dual encoder reads its text embedding ("first", "last", "end", "largest"; "" where nowhere), `end_id` the end token,
+    `pad_id` what is padded with. num_behind: tokens without an id that the tower puts behind the text.
     """
 
     image_ids: tuple[int, ...] | None = ()
@@ -196,7 +196,8 @@ def decoder_layout(
 ) -> TokenLayout:
     """Lay out the decoder's tokens of an encoder-decoder in training: position 0 starts, position t holds label t - 1.
 
-    With `in_place` position t holds label t. `shape` is (B, L). The prompt is what stands before the first labelled token is read; without labels, everything.
+    With `in_place` position t holds label t. `shape` is (B, L). The prompt is what stands before the first labelled
+    token is read; without labels, everything.
     """
     if labels_BL is None:
         return text_layout(shape, device)

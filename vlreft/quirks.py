@@ -21,6 +21,7 @@ class Quirk:
     patch_order: how a packing tower orders the patches of a picture: "raster", "grouped" (by merge window) or "windows"
     (merge windows sorted by attention window). mixed_tokens: the tower's rows hold more than the tokens of one picture.
     cls_last: its class token comes behind the patches. labels_in_place: label t of its decoder is the token t itself.
+    num_dropped: how many ids at the end of the prompt its `generate` leaves out, if it has no encoder of words.
     """
 
     why: str
@@ -32,6 +33,7 @@ class Quirk:
     mixed_tokens: bool = False
     cls_last: bool = False
     labels_in_place: bool = False
+    num_dropped: int = 0
 
 
 _SEVERAL_STREAMS = "its blocks hand on several residual streams (4-D states), which one edit cannot stand for"
@@ -53,7 +55,11 @@ QUIRKS: dict[str, Quirk] = {
         mixed_tokens=True,
     ),
     "idefics": Quirk("its image features come in by cross-attention", marks_only=True),
-    "blip": Quirk("its decoder is given the labels as they are, and shifts them in the loss", labels_in_place=True),
+    "blip": Quirk(
+        "its decoder is given the labels as they are, and shifts them in the loss; its `generate` drops the last id",
+        labels_in_place=True,
+        num_dropped=1,
+    ),
     "kosmos-2": Quirk("its image tokens are marked by an argument", image_mask="image_embeds_position_mask"),
     "kosmos-2.5": Quirk("its image tokens are marked by an argument", image_mask="image_embeds_position_mask"),
     "llama4_vision_model": Quirk("its class token comes behind the patches", cls_last=True),

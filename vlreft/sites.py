@@ -48,7 +48,8 @@ class Site:
     counts. width: D. owner: the module that runs the blocks. path: where they are. segments: the position segments that
     exist here. stream: whose token ids lay these states out, "" if they are a tower's own; num_live: blocks from 0
     whose output the model reads; `dead_because` says why later ones are dead. drops_cls: whether the model throws the
-    class token of the last live block away. sequence_first: states are (T, B, D).
+    class token of the last live block away. sequence_first: states are (T, B, D). is_module: it is one
+    module named by its path, no list of blocks.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Site:
     dead_because: str = ""
     drops_cls: bool = False
     sequence_first: bool = False
+    is_module: bool = False
     tower: Tower | None = None
 
     @property
@@ -78,6 +80,8 @@ class Site:
         """Return the module to hook for a component of a layer. Raises ValueError if there is none."""
         if self.name == "connector":
             return Target(self.blocks[0], self.width, at_input=True)
+        if self.is_module and component != "output":
+            raise ValueError(f"site '{self.name}' is one module, of which the output is edited: leave `component` out")
         return find_target(self.blocks[layer], component, self.width, f"site '{self.name}' layer {layer}")
 
     def resolve_layers(self, layers: str | tuple[int, ...], segment: str) -> tuple[int, ...]:
@@ -111,7 +115,8 @@ class Sites:
     """Everything that `attach` has to know of a model: sites by name, and what the tokens of each stream mean.
 
     `image_mask`: the argument that marks image tokens where ids do not. `labels_in_place`: label t of a decoder is its
-    token t, not its token t + 1. `refused`: why a site is not there.
+    token t, not its token t + 1. `num_dropped`: ids at a prompt's end that `generate` leaves out. `refused`: why a site
+    is not there.
     """
 
     model: nn.Module
@@ -121,6 +126,7 @@ class Sites:
     stacks: tuple[Stack, ...] = ()
     image_mask: str = ""
     labels_in_place: bool = False
+    num_dropped: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -151,13 +157,12 @@ class Sites:
         width = width_of(blocks[0], path) if stack is not None else _width_of_output(module, path)
         around = [stack for stack in self.stacks if f"{path}.".startswith(f"{stack.path}.")]
         known = next((site for site in self.by_name.values() if around and site.path == around[0].path), None)
-        if known is not None:
-            return replace(
-                known, name=path, blocks=blocks, width=width, path=path, num_live=len(blocks), dead_because=""
-            )
         owner = stack.owner if stack is not None else module
         tower = Tower(owner, no_patches="nothing is known of the states of a module named by its path")
-        return Site(path, blocks, width, owner, path, ("prompt",), "", len(blocks), tower=tower)
+        site = Site(path, blocks, width, owner, path, ("prompt",), "", len(blocks), tower=tower)
+        if known is not None:
+            site = replace(known, name=path, blocks=blocks, width=width, path=path, num_live=len(blocks))
+        return replace(site, is_module=stack is None, dead_because="")
 
 
 def find_sites(model: nn.Module) -> Sites:
@@ -183,13 +188,14 @@ def find_sites(model: nn.Module) -> Sites:
             by_name[kind] = _site(kind, stack, vocabularies[kind].segments, kind)
     image_mask = next((quirk.image_mask for quirk in quirks if quirk.image_mask), "")
     labels_in_place = any(quirk.labels_in_place for quirk in quirks)
+    num_dropped = 0 if "text_encoder" in by_name else max((quirk.num_dropped for quirk in quirks), default=0)
     stream = "text_encoder" if "text_encoder" in by_name else "text"
     if stream in by_name and vocabularies[stream].image_ids and "connector" not in refused:
         text = by_name[stream]
         by_name["connector"] = replace(text, name="connector", blocks=text.blocks[:1], segments=("image",), num_live=1)
     else:
         refused.setdefault("connector", "its image features do not enter the language model at marked tokens")
-    return Sites(model, by_name, vocabularies, name, tuple(stacks), image_mask, labels_in_place, refused)
+    return Sites(model, by_name, vocabularies, name, tuple(stacks), image_mask, labels_in_place, num_dropped, refused)
 
 
 def _choose(kind: str, stacks: list[Stack], main: dict[str, Stack], refused: dict[str, str]) -> None:

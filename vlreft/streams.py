@@ -123,7 +123,7 @@ class Stream:
         self.call = Call(self.scope, self.model_name, has_cache=cache is not None)
         if cache is not None:
             # A static cache hands out its live counter, which moves while the blocks run: copy it.
-            length = cache.get_seq_length()
+            length = length_of(cache, self.model_name)
             self.call.offset = length + 0
             if isinstance(length, Tensor) and length.device.type == "cpu" and not torch.compiler.is_compiling():
                 self.call.offset = int(length)
@@ -139,3 +139,14 @@ def cache_in(values: Iterable[object]) -> Cache | None:
         if isinstance(value, Cache):
             return value
     return None
+
+
+def length_of(cache: Cache, model_name: str) -> int | Tensor:
+    """Return how many tokens a cache holds. Raises ValueError for one that only keeps a summary of them, as Mamba's."""
+    try:
+        return cache.get_seq_length()
+    except ValueError as error:
+        raise ValueError(
+            f"the cache of {model_name} does not say how many tokens it holds, so the prompt cannot be told from the "
+            "answer; generate with use_cache=False"
+        ) from error

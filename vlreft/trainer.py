@@ -83,9 +83,13 @@ class ReftMixin(_TrainerType):
 
     def _prefix_reuse(self) -> PrefixReuse | None:
         # A sharded model hangs unless all ranks call it equally often; a compiled one is compiled anew for each length.
-        forbidden = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
+        # A connector that is trained has its gradient from the prefix.
+        trains_modules = bool(self.reft.config.modules_to_save)
+        forbidden = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile or trains_modules
         if forbidden and self.reuse_prefix is True:
-            raise ValueError("`reuse_prefix=True` goes with neither FSDP, DeepSpeed nor torch_compile; use 'auto'")
+            raise ValueError(
+                "`reuse_prefix=True` goes with neither FSDP, DeepSpeed, torch_compile nor `modules_to_save`; use 'auto'"
+            )
         if forbidden or self.reuse_prefix is False:
             return None
         if self._reuse is None:
@@ -140,7 +144,8 @@ def _check_trainable(reft: Reft) -> None:
     if others:
         raise ValueError(
             f"{len(others)} parameters of the base are trainable ({others[0]}, ...), but checkpoints hold the "
-            "interventions alone: freeze them (`requires_grad_(False)`), or use a plain transformers.Trainer"
+            "interventions and `modules_to_save` alone: freeze them (`requires_grad_(False)`), name their module in "
+            "`ReftConfig(..., modules_to_save=[...])`, or use a plain transformers.Trainer"
         )
 
 

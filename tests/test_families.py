@@ -237,7 +237,7 @@ def sites_of(family: Family) -> list[str]:
     return [site for site in family.sites if site not in family.refused]
 
 
-def loss_of(model: nn.Module, family: Family, batch: dict[str, Tensor]) -> Tensor:
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     output = model(**batch)
     if isinstance(output, dict) and "loss" in output and output["loss"] is not None:
         return output["loss"]
@@ -246,9 +246,9 @@ def loss_of(model: nn.Module, family: Family, batch: dict[str, Tensor]) -> Tenso
     return torch.stack([(value * value.detach().sign()).sum() for value in floats]).sum()
 
 
-def gradients_of(model: nn.Module, reft: vlreft.Reft, family: Family, batch: dict[str, Tensor]) -> list[Tensor]:
+def gradients_of(model: nn.Module, reft: vlreft.Reft, batch: dict[str, Tensor]) -> list[Tensor]:
     torch.manual_seed(0)  # GroupViT draws noise in training
-    loss_of(model, family, batch).backward()
+    loss_of(model, batch).backward()
     found = [parameter.grad for parameter in reft.parameters()]
     for parameter in reft.parameters():
         parameter.grad = None
@@ -264,9 +264,7 @@ def test_a_step_trains_the_edits_and_nothing_else(family, model_of):
     reft = attached(model, *(loreft(family, site, layers=0) for site in sites_of(family)))
     if "no training mode" not in family.skips:
         model.train()
-    for name, gradient in zip(
-        dict(reft.edits.named_parameters()), gradients_of(model, reft, family, batch), strict=True
-    ):
+    for name, gradient in zip(dict(reft.edits.named_parameters()), gradients_of(model, reft, batch), strict=True):
         assert gradient.abs().max() > 0, name
     own = {id(parameter) for parameter in reft.parameters()}
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters() if id(p) not in own)
@@ -286,6 +284,7 @@ def test_saved_and_loaded_is_bit_for_bit(family, model_of, tmp_path):
         assert heard(model(**batch)).equal(edited)
 
 
+@pytest.mark.slow
 # Reentrant checkpoints announce that blocks in front of the first edit give no gradient; there is none to give.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
@@ -300,10 +299,10 @@ def test_checkpointing_keeps_the_gradients(family, use_reentrant, model_of):
         items += [loreft(family, site, component="mlp") for site in sites_of(family) if has(model, site, "mlp")]
     reft = attached(model, *items)
     model.train()
-    plain = gradients_of(model, reft, family, batch)
+    plain = gradients_of(model, reft, batch)
     switch_checkpointing(model, on=True, use_reentrant=use_reentrant)
     try:
-        again = gradients_of(model, reft, family, batch)
+        again = gradients_of(model, reft, batch)
     finally:
         switch_checkpointing(model, on=False)
     for mine, other in zip(again, plain, strict=True):
@@ -369,7 +368,7 @@ def test_a_cache_that_does_not_count_its_tokens_is_refused(model_of):
     family = next(family for family in TAIL if family.name == "mamba")
     model, batch = model_of(family), family.batch(family.samples, side="left", answer=False)
     attached(model, loreft(family, "text"))
-    with pytest.raises(ValueError, match="does not say how many tokens it holds .* use_cache=False"):
+    with pytest.raises(ValueError, match=r"does not say how many tokens it holds.* use_cache=False"):
         model.generate(**batch, **family.generation())
     model.generate(**batch, **family.generation(), use_cache=False)
 
@@ -387,6 +386,7 @@ def has(model: nn.Module, site: str, component: str) -> bool:
     return site != "connector"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["input", "attention", "mlp", "heads"])
 @pytest.mark.parametrize(("family", "site"), [case for case in SITES if "connector" not in case.id])
 def test_components_are_edited_where_asked_or_refused(family, site, component, model_of):

@@ -37,23 +37,32 @@ ARROWS = {
     "placed": {"interventions", "positions"},
     "blocks": {"components"},
     "streams": {"layout", "placed", "positions"},
+    "pictures": {"layout", "sites"},
     "towers": {"layout", "placed", "positions", "selects", "sites"},
     "batches": {"layout", "placed", "sites", "streams"},
     "hooks": {
-        *("batches", "blocks", "components", "layout", "placed", "positions", "prompts", "sites", "streams", "towers"),
+        *("batches", "blocks", "components", "layout", "pictures", "placed", "positions"),
+        *("prompts", "sites", "streams", "towers"),
     },
     "heads": {"components", "hooks", "placed", "sites"},
     "checkpoint": {"config"},
+    "plan": {"components", "config", "interventions", "sites"},
     "reft": {
-        *("checkpoint", "components", "config", "heads", "hooks", "interventions", "layout", "placed", "sites"),
+        *("checkpoint", "config", "heads", "hooks", "interventions", "layout", "placed", "plan", "sites"),
     },
+    "empty": {"stacks"},
+    "description": {"components", "config", "empty", "plan", "reft", "sites"},
+    "describe": {"description"},
     "prefix": {"hooks", "layout", "reft", "selects", "streams"},
     "trainer": {"data", "layout", "prefix", "reft"},
     "contrast": {"samples"},
-    "__init__": {"config", "data", "reft", "trainer"},
+    "__init__": {"config", "contrast", "data", "description", "reft", "trainer"},
 }
 
-PUBLIC = {"Collator", "Intervention", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer", "attach", "load"}
+PUBLIC = {
+    *("ClassCollator", "Collator", "Intervention", "PairCollator", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
+    *("attach", "contrastive_loss", "describe", "load", "zero_shot"),
+}
 
 MAX_LINES = 450
 FORBIDDEN_IMPORTS = {

@@ -1,5 +1,6 @@
 """What `attach` and a training step refuse: one clear error each, and the model stays exactly as it was."""
 
+import open_clip
 import pytest
 import torch
 from tiny import (
@@ -146,8 +147,29 @@ def test_what_is_no_model(model):
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())], ids=["one", "list"])
 def test_a_model_that_is_no_transformer(model):
-    with untouched(model), pytest.raises(ValueError, match="no list of transformer blocks .* was found"):
+    with untouched(model), pytest.raises(ValueError, match=r"no list of transformer blocks .* was found"):
         vlreft.attach(model, GOOD)
+
+
+def test_what_wraps_a_model_is_refused():
+    """A wrapper's calls say less than the model's own: positions would be guessed."""
+    wrapped = nn.Sequential(llama())
+    with pytest.raises(
+        ValueError, match=r"a Sequential wraps a transformers model: attach to that LlamaForCausalLM, `"
+    ):
+        vlreft.attach(wrapped, GOOD)
+
+
+def test_an_open_clip_text_tower_has_no_image_tokens():
+    tower = {"layers": 1, "width": 8, "head_width": 4, "patch_size": 4, "image_size": 8}
+    model = open_clip.CLIP(4, tower, {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 2, "layers": 1})
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match=r"site 'text' of CLIP has no segment 'image' \(its tokens are"),
+    ):
+        vlreft.attach(model, vlreft.ReftConfig(item(positions="image:f1")))
+    with untouched(model), pytest.raises(ValueError, match="CLIP has no site 'connector'"):
+        vlreft.attach(model, vlreft.ReftConfig(item(site="connector", positions="image:f1")))
 
 
 def test_a_model_with_no_text():

@@ -4,11 +4,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlreft.config import Intervention, ReftConfig
+    from vlreft.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
     from vlreft.data import Collator
+    from vlreft.description import describe
     from vlreft.reft import Reft, attach, load
     from vlreft.trainer import ReftMixin, ReftTrainer
 
-__all__ = ["Collator", "Intervention", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer", "attach", "load"]
+__all__ = [
+    "ClassCollator",
+    "Collator",
+    "Intervention",
+    "PairCollator",
+    "Reft",
+    "ReftConfig",
+    "ReftMixin",
+    "ReftTrainer",
+    "attach",
+    "contrastive_loss",
+    "describe",
+    "load",
+    "zero_shot",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +35,12 @@ def __getattr__(name: str) -> Any:
         from vlreft import reft as home
     elif name in ("ReftMixin", "ReftTrainer"):
         from vlreft import trainer as home
+    elif name in ("ClassCollator", "PairCollator", "contrastive_loss", "zero_shot"):
+        from vlreft import contrast as home
     elif name == "Collator":
         from vlreft import data as home
+    elif name == "describe":
+        from vlreft import description as home
     else:
         raise AttributeError(f"module 'vlreft' has no attribute '{name}'")
     return getattr(home, name)

@@ -10,7 +10,7 @@ During `generate` the layout is that of the caller's prompt.
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from vlreft.batches import Batches, tokens_in
 from vlreft.blocks import BlockWatch, Snapshot, states_of
 from vlreft.components import Target
 from vlreft.layout import TokenLayout, text_layout
+from vlreft.pictures import image_grid
 from vlreft.placed import Placed, Switch
 from vlreft.positions import Selection
 from vlreft.prompts import decoder_prompt_length, guess_attention_mask, num_rows_of, prompt_tokens
@@ -69,7 +70,7 @@ class Runtime:
         self._hook_the_model()
         self._own_generate = model.__dict__.get("generate")
         if isinstance(model, PreTrainedModel) and callable(getattr(type(model), "generate", None)):
-            model.generate = self.generate  # pyright: ignore[reportAttributeAccessIssue]
+            model.generate = self.generate  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     def _hook_the_model(self) -> None:
         for name, stream in self.streams.items():
@@ -152,14 +153,16 @@ class Runtime:
         shape: tuple[int, int],
         device: torch.device,
         *,
-        is_image_BL: Tensor | None = None,
+        call: Mapping[str, Any] | None = None,
         repeats: bool = False,
         num_start: int = 1,
     ) -> Iterator[None]:
         """Fix the prompt for all forwards inside; whatever they see beyond position L is an answer being generated.
 
-        In an encoder-decoder the prompt is the encoder's, and the decoder begins with `num_start` tokens.
+        `call` are the other arguments, which may say more of the pictures. In an encoder-decoder the prompt is the
+        encoder's, and the decoder begins with `num_start` tokens.
         """
+        call = call or {}
         for placed in self.acting("text"):
             placed.positions.generated(torch.zeros(0, dtype=torch.long))  # refuses what decoding cannot know
         has_encoder = self.batches.has_encoder
@@ -174,11 +177,11 @@ class Runtime:
                         stream.vocabulary,
                         input_ids_BL=input_ids_BL,
                         attention_mask_BL=attention_mask_BL,
-                        is_image_BL=is_image_BL,
+                        is_image_BL=self.batches.image_mask(call),
                         grows=name == "text",
                         repeats=repeats,
                     )
-                scopes.enter_context(stream.fixed(layout))
+                scopes.enter_context(stream.fixed(layout, partial(image_grid, self.sites, call, self.boxes_B4)))
             yield
 
     @contextmanager
@@ -227,7 +230,7 @@ class Runtime:
             None if mask_BL is None else mask_BL[:, :num_tokens],
             (tokens.shape[0], num_tokens),
             tokens.device,
-            is_image_BL=self.batches.image_mask(kwargs),
+            call=kwargs,
             repeats=True,
             num_start=num_start,
         ):
@@ -287,7 +290,7 @@ class Runtime:
                         training=module.training,
                     )
                     if layout is not None:
-                        stream.open(layout)
+                        stream.open(layout, partial(image_grid, self.sites, call, self.boxes_B4))
         return args, kwargs
 
     def _inner_enters(
@@ -313,7 +316,9 @@ class Runtime:
     def _ids_arrive(self, stream: Stream, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Lay out the texts of an open_clip model: its tower is run by methods, and sees no ids but here."""
         ids_BL = F.pad(args[0], (0, stream.vocabulary.num_behind), value=stream.vocabulary.pad_id)
-        stream.open(text_layout(tuple(ids_BL.shape), ids_BL.device, stream.vocabulary, input_ids_BL=ids_BL))
+        stream.open(
+            text_layout((ids_BL.shape[0], ids_BL.shape[1]), ids_BL.device, stream.vocabulary, input_ids_BL=ids_BL)
+        )
 
     def _owner_starts(
         self, stream: Stream, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

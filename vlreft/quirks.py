@@ -22,6 +22,7 @@ class Quirk:
     (merge windows sorted by attention window). mixed_tokens: the tower's rows hold more than the tokens of one picture.
     cls_last: its class token comes behind the patches. labels_in_place: label t of its decoder is the token t itself.
     num_dropped: how many ids at the end of the prompt its `generate` leaves out, if it has no encoder of words.
+    tokens_are_patches: its image tokens are the patches of the tower, one each, in raster order.
     """
 
     why: str
@@ -34,6 +35,7 @@ class Quirk:
     cls_last: bool = False
     labels_in_place: bool = False
     num_dropped: int = 0
+    tokens_are_patches: bool = False
 
 
 _SEVERAL_STREAMS = "its blocks hand on several residual streams (4-D states), which one edit cannot stand for"
@@ -82,6 +84,10 @@ QUIRKS: dict[str, Quirk] = {
         )
     },
     **{name: Quirk(_WINDOWS, patch_order="windows") for name in ("qwen2_5_vl", "exaone4_5", "hyperclovax_vision_v2")},
+    **{
+        name: Quirk("its connector maps each patch by itself", tokens_are_patches=True)
+        for name in ("llava", "vipllava", "video_llava", "paligemma")
+    },
     **{name: Quirk(_RASTER, patch_order="raster") for name in ("paddleocr_vl", "hunyuan_vl", "kimi_k25")},
 }
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlreft.checkpoint import Base, Checkpoint, check_base, copy_tensors, read_checkpoint, write_checkpoint
-from vlreft.components import Target
-from vlreft.config import Intervention, ReftConfig
+from vlreft.config import ReftConfig
 from vlreft.heads import Head, HeadHooks, make_heads, refuse_edits_inside
 from vlreft.hooks import Runtime, forget_compiled_graphs
 from vlreft.interventions import Edit
 from vlreft.layout import text_layout
 from vlreft.placed import Placed, Switch
-from vlreft.sites import Site, Sites, find_sites
+from vlreft.plan import Entry, plan_edits
+from vlreft.sites import Sites, find_sites
 
 CHILD_NAME = "vlreft"
 # Names that an adapter cannot have: those of the attributes of `Adapters`, its parent.
@@ -50,7 +50,7 @@ class Adapters(nn.ModuleDict):
 class Reft:
     """One set of interventions on one model: the handle that `attach` and `load` return."""
 
-    def __init__(self, config: ReftConfig, name: str, made: "_Made", sites: Sites) -> None:
+    def __init__(self, config: ReftConfig, name: str, made: "Parts", sites: Sites) -> None:
         """Made by `attach` and `load`, not by users."""
         self.model = sites.model
         self.config = config
@@ -200,7 +200,7 @@ def attach(model: nn.Module, config: ReftConfig, name: str = "default") -> Reft:
     if not isinstance(config, ReftConfig):
         raise TypeError(f"`config` must be a vlreft.ReftConfig, got {type(config).__name__}")
     sites = _sites_for(model, name)
-    return _put_on(config, name, _make(config, sites), sites)
+    return _put_on(config, name, make_parts(config, sites), sites)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Reft:
@@ -209,7 +209,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default"
     sites = _sites_for(model, name)
     check_base(checkpoint.base, _describe_base(model, sites), folder)
     with torch.random.fork_rng(devices=[]):  # the start values are thrown away; leave the user's generator alone
-        made = _make(checkpoint.config, sites)
+        made = make_parts(checkpoint.config, sites)
     copy_tensors(checkpoint.tensors, dict(made.parts.named_parameters()), f"the checkpoint in {folder}")
     return _put_on(checkpoint.config, name, made, sites)
 
@@ -257,41 +257,19 @@ def _num_in(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Entry:
-    """One module to make: the intervention it comes from, and where it goes."""
-
-    key: str
-    item: Intervention
-    site: Site
-    layer: int
-    target: Target
-    part: int | None
-    span: tuple[int, int] | None
-
-    def build(self) -> Edit:
-        """Make the module, on the device of its block."""
-        width = self.target.width if self.span is None else self.span[1] - self.span[0]
-        device = _device_of(self.site.blocks[self.layer])
-        if device.type == "meta":
-            with torch.device("meta"):
-                return self.item.build(width)
-        return self.item.build(width).to(device)  # drawn on the CPU: the same start on every device
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
+class Parts:
     """What an adapter consists of, before it is on the model; `parts` holds the edits and the copies of heads."""
 
-    plan: list[_Entry]
+    plan: list[Entry]
     edits: nn.ModuleDict
     heads: list[Head]
     parts: nn.ModuleDict
     switch: Switch
 
 
-def _make(config: ReftConfig, sites: Sites) -> _Made:
+def make_parts(config: ReftConfig, sites: Sites) -> Parts:
     """Make an adapter's modules; the model is not changed. Raises ValueError for a config that it has no place for."""
-    plan, switch, adapters = _plan(config, sites), Switch(), _adapters(sites.model)
+    plan, switch, adapters = plan_edits(config, sites), Switch(), _adapters(sites.model)
     present = list(adapters.head_hooks) if adapters is not None else []
     hooked = list(adapters.runtime.hooked.values()) if adapters is not None else []
     heads = make_heads(config.modules_to_save, sites, present, switch)
@@ -303,10 +281,10 @@ def _make(config: ReftConfig, sites: Sites) -> _Made:
     parts = nn.ModuleDict(dict(edits.items()))
     if heads:
         parts["modules_to_save"] = nn.ModuleDict({head.name.replace(".", "/"): head.copy for head in heads})
-    return _Made(plan, edits, heads, parts, switch)
+    return Parts(plan, edits, heads, parts, switch)
 
 
-def _put_on(config: ReftConfig, name: str, made: _Made, sites: Sites) -> Reft:
+def _put_on(config: ReftConfig, name: str, made: Parts, sites: Sites) -> Reft:
     """Put what was made on the model."""
     model, adapters = sites.model, _adapters(sites.model)
     if adapters is None:
@@ -326,77 +304,6 @@ def _put_on(config: ReftConfig, name: str, made: _Made, sites: Sites) -> Reft:
         adapters.head_hooks.place(head)
     forget_compiled_graphs()
     return reft
-
-
-def _plan(config: ReftConfig, sites: Sites) -> list[_Entry]:
-    """Resolve a config on a model. Raises ValueError for what it asks and the model has not."""
-    plan = []
-    for number, item in enumerate(config.interventions):
-        site = sites[item.site]
-        segment = item.parsed_positions.segment
-        _check_segment(item, site, sites)
-        for layer in site.resolve_layers(item.layers, segment):  # pyright: ignore[reportArgumentType] - normalised in __post_init__
-            target = site.target(layer, item.component)
-            place = f"{number}:{site.name.replace('.', '/')}:{layer}"
-            place += "" if item.component == "output" else f":{item.component}"
-            for head, span in _spans(item, target, site, layer):
-                width = target.width if span is None else span[1] - span[0]
-                if item.rank is not None and item.rank > width:
-                    raise ValueError(
-                        f"`rank` (={item.rank}) must be at most the hidden size (={width}) of site '{site.name}' "
-                        f"layer {layer}{head and ' head ' + head}; lower `rank`"
-                    )
-                for part, spelling in enumerate(item.parts):
-                    key = f"{place}{head}:{spelling}"
-                    plan.append(_Entry(key, item, site, layer, target, None if item.tied else part, span))
-    return plan
-
-
-def _check_segment(item: Intervention, site: Site, sites: Sites) -> None:
-    segment = item.parsed_positions.segment
-    if segment not in site.segments:
-        have = ", ".join(f"'{name}'" for name in site.segments)
-        is_text_only = site.stream and sites.vocabularies[site.stream].image_ids == ()
-        why = " (its tokens are words alone)" if is_text_only else ""
-        if site.tower is not None and site.tower.no_patches:
-            why = f" ({site.tower.no_patches})"
-        raise ValueError(
-            f"positions '{item.positions}': site '{site.name}' of {sites.model_name} has no segment '{segment}'{why}; "
-            f"it has {have}"
-        )
-    if item.parsed_positions.has_region and (why := site.no_region):
-        raise ValueError(f"positions '{item.positions}': no region can be taken at site '{site.name}': {why}")
-
-
-def _spans(item: Intervention, target: Target, site: Site, layer: int) -> list[tuple[str, tuple[int, int] | None]]:
-    """Return the name and span of each head that an intervention edits; one without a span for all other components."""
-    if item.heads is None:
-        return [("", None)]
-    assert not isinstance(item.heads, int)
-    numbers = range(target.num_heads) if item.heads == "all" else item.heads
-    for number in numbers:
-        if not isinstance(number, int) or not 0 <= number < target.num_heads:
-            raise ValueError(
-                f"head {number} is out of range: site '{site.name}' layer {layer} has {target.num_heads} heads, 0 to "
-                f"{target.num_heads - 1}"
-            )
-    width = target.head_width
-    return [(str(number), (int(number) * width, (int(number) + 1) * width)) for number in numbers]
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    """Return where a block runs: where its parameters are, or where accelerate takes them when it offloads them."""
-    device = next((p.device for p in block.parameters()), torch.device("cpu"))
-    if device.type != "meta":
-        return device
-    from accelerate.hooks import AlignDevicesHook, SequentialHook
-
-    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]  # accelerate's mark on a module
-    for several in hooks:
-        for hook in several.hooks if isinstance(several, SequentialHook) else (several,):
-            if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
-                return torch.device(hook.execution_device)
-    return device
 
 
 def _describe_base(model: nn.Module, sites: Sites) -> Base:

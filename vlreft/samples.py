@@ -86,7 +86,7 @@ def _part(part: Any, name: str, column: Iterator[Image.Image], images: list[Imag
             f"{name} has a message entry {part!r}; it must be {{'type': 'text', 'text': ...}} or {{'type': 'image'}} "
             "with a PIL image or a path under 'image': download what has a url."
         )
-    images.extend([_open(own[0], name)] if own else islice(column, 1))
+    images.extend([open_image(own[0], name)] if own else islice(column, 1))
     return {"type": "image"}
 
 
@@ -108,10 +108,10 @@ def _images_of(example: Mapping[str, Any], name: str) -> list[Image.Image]:
         raise ValueError(f"{name} has both `image` and `images`; keep one of them.")
     if many is not None and not isinstance(many, (list, tuple)):
         raise ValueError(f"{name} has `images` of type {type(many).__name__}; it must be a list: one goes to `image`.")
-    return [_open(image, name) for image in ([one] if one is not None else many or [])]
+    return [open_image(image, name) for image in ([one] if one is not None else many or [])]
 
 
-def _open(image: Any, name: str) -> Image.Image:
+def open_image(image: Any, name: str) -> Image.Image:
     """The image upright and in RGB; a file is read whole and closed."""
     if isinstance(image, (str, Path)):
         try:

@@ -3,6 +3,7 @@
 What structure does not tell enough about is a row in `vlreft.quirks`.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,8 +16,11 @@ from vlreft.quirks import Quirk, quirks_of
 from vlreft.stacks import Stack, config_of, find_stacks, has_vision_config, tower_path, width_of
 
 # Parameters that are a class token of a tower, in the field's spellings, and further tokens beside it.
-CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
-REGISTER_NAMES = ("reg_token", "register_tokens")
+CLASS_TOKEN_NAMES = ("class_embedding", "cls_token", "class_token")
+REGISTER_NAMES = ("reg_token", "register_tokens", "dist_token", "distillation_token")
+# Arguments of a tower that packs pictures in an order of its family's.
+PACKING_ARGUMENTS = frozenset({"grid_thw", "image_grid_thw"})
+MERGING = ("grouped", "windows")  # orders of patches in which a merge window becomes an image token
 TEXT_STREAMS = ("text", "text_encoder")
 MARKER_ATTRIBUTES = ("audio_token_id", "audio_token_index")
 
@@ -27,7 +31,8 @@ class Tower:
 
     Class tokens are in front, or behind the patches (`cls_last`). patch_size: pixels, None if unknown. patch_order: of
     a tower that packs its pictures (see `Quirk`), "" if unknown. no_patches: why cls and patches cannot be told;
-    no_grid: why no region can be taken.
+    no_grid: why no region can be taken. merge: patches that become one image token, along each side. grid: rows and
+    columns of patches, where each patch becomes an image token and all pictures have one size.
     """
 
     module: nn.Module
@@ -38,6 +43,8 @@ class Tower:
     patch_order: str = ""
     no_patches: str = ""
     no_grid: str = ""
+    merge: int = 1
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +56,7 @@ class Site:
     exist here. stream: whose token ids lay these states out, "" if they are a tower's own; num_live: blocks from 0
     whose output the model reads; `dead_because` says why later ones are dead. drops_cls: whether the model throws the
     class token of the last live block away. sequence_first: states are (T, B, D). is_module: it is one
-    module named by its path, no list of blocks.
+    module named by its path, no list of blocks. no_image_region: why no region can be taken of its image tokens.
     """
 
     name: str
@@ -64,13 +71,14 @@ class Site:
     drops_cls: bool = False
     sequence_first: bool = False
     is_module: bool = False
+    no_image_region: str = "its tokens are no patches"
     tower: Tower | None = None
 
     @property
     def no_region(self) -> str:
         """Why no region of a picture can be taken here, "" if it can."""
         if self.stream:
-            return "" if "image" in self.segments else "its tokens are no patches"
+            return self.no_image_region
         tower = self.tower
         if tower is None or tower.no_patches:
             return "its tokens are not those of one picture"
@@ -79,7 +87,11 @@ class Site:
     def target(self, layer: int, component: str) -> Target:
         """Return the module to hook for a component of a layer. Raises ValueError if there is none."""
         if self.name == "connector":
+            if component != "output":
+                raise ValueError("site 'connector' is one place, before the first block: leave `component` out")
             return Target(self.blocks[0], self.width, at_input=True)
+        if self.is_module and component == "input" and isinstance(linear := self.blocks[0], nn.Linear):
+            return Target(linear, linear.in_features, at_input=True)
         if self.is_module and component != "output":
             raise ValueError(f"site '{self.name}' is one module, of which the output is edited: leave `component` out")
         return find_target(self.blocks[layer], component, self.width, f"site '{self.name}' layer {layer}")
@@ -116,7 +128,7 @@ class Sites:
 
     `image_mask`: the argument that marks image tokens where ids do not. `labels_in_place`: label t of a decoder is its
     token t, not its token t + 1. `num_dropped`: ids at a prompt's end that `generate` leaves out. `refused`: why a site
-    is not there.
+    is not there; `refused_kinds`: why a kind of stack is not to be edited by its path either.
     """
 
     model: nn.Module
@@ -128,6 +140,7 @@ class Sites:
     labels_in_place: bool = False
     num_dropped: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
+    refused_kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def image_stream(self) -> str:
@@ -154,8 +167,11 @@ class Sites:
         stack = next((stack for stack in self.stacks if path == stack.path), None)
         module = self.model.get_submodule(path)
         blocks = stack.blocks if stack is not None else (module,)
-        width = width_of(blocks[0], path) if stack is not None else _width_of_output(module, path)
+        width = width_of(stack) if stack is not None else _width_of_output(module, path)
         around = [stack for stack in self.stacks if f"{path}.".startswith(f"{stack.path}.")]
+        for outer in around:
+            if (why := self.refused_kinds.get(outer.kind)) is not None:
+                raise ValueError(f"'{path}' of {self.model_name} cannot be edited: {why}")
         known = next((site for site in self.by_name.values() if around and site.path == around[0].path), None)
         owner = stack.owner if stack is not None else module
         tower = Tower(owner, no_patches="nothing is known of the states of a module named by its path")
@@ -170,32 +186,84 @@ def find_sites(model: nn.Module) -> Sites:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a transformers or open_clip model, got {type(model).__name__}")
     name, stacks = type(model).__name__, find_stacks(model)
+    _refuse_wrapper(model)
     if not any(stack.kind != "other" for stack in stacks):
         raise ValueError(
             f"{name} cannot be edited: no list of transformer blocks that read text or pictures was found in it"
         )
     quirks = quirks_of(model.config) if isinstance(model, PreTrainedModel) else []
     refused = {site: quirk.why for quirk in quirks for site in quirk.refuses}
+    if any(_is_inside_transformers(model, stack.path) for stack in stacks):
+        refused["text"] = "its text tower is a transformers model, which alone knows the padding: attach to that one"
+    refused_kinds = dict(refused)
     main: dict[str, Stack] = {}
+    widths: dict[str, int] = {}
     for kind in (*TEXT_STREAMS, "vision"):
         _choose(kind, stacks, main, refused)
+        if kind in main:
+            try:
+                widths[kind] = width_of(main[kind])
+            except ValueError as error:
+                refused[kind] = str(error)
+                del main[kind]
     vocabularies = _vocabularies(model, quirks, main)
     by_name: dict[str, Site] = {}
     for kind, stack in main.items():
         if kind == "vision":
-            by_name[kind] = _vision_site(model, stack, quirks)
+            by_name[kind] = _vision_site(model, stack, widths[kind], quirks)
         else:
-            by_name[kind] = _site(kind, stack, vocabularies[kind].segments, kind)
+            by_name[kind] = _site(kind, stack, widths[kind], vocabularies[kind].segments, kind)
     image_mask = next((quirk.image_mask for quirk in quirks if quirk.image_mask), "")
     labels_in_place = any(quirk.labels_in_place for quirk in quirks)
     num_dropped = 0 if "text_encoder" in by_name else max((quirk.num_dropped for quirk in quirks), default=0)
     stream = "text_encoder" if "text_encoder" in by_name else "text"
+    if stream in by_name and "image" in by_name[stream].segments:
+        by_name[stream] = replace(by_name[stream], no_image_region=_no_image_region(by_name.get("vision")))
     if stream in by_name and vocabularies[stream].image_ids and "connector" not in refused:
         text = by_name[stream]
         by_name["connector"] = replace(text, name="connector", blocks=text.blocks[:1], segments=("image",), num_live=1)
     else:
         refused.setdefault("connector", "its image features do not enter the language model at marked tokens")
-    return Sites(model, by_name, vocabularies, name, tuple(stacks), image_mask, labels_in_place, num_dropped, refused)
+    return Sites(
+        model,
+        by_name,
+        vocabularies,
+        name,
+        tuple(stacks),
+        image_mask,
+        labels_in_place,
+        num_dropped,
+        refused,
+        refused_kinds,
+    )
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    """Refuse what wraps a transformers model, as peft and DDP do: its calls are not those of the model inside."""
+    if isinstance(model, PreTrainedModel) or type(model).__module__.startswith("open_clip"):
+        return
+    inside = next((path for path, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
+    if inside is not None:
+        kind = type(model.get_submodule(inside)).__name__
+        raise ValueError(
+            f"a {type(model).__name__} wraps a transformers model: attach to that {kind}, `model.{inside}`"
+        )
+
+
+def _is_inside_transformers(model: nn.Module, path: str) -> bool:
+    """Whether a part of a model that is none of transformers' is one."""
+    if isinstance(model, PreTrainedModel):
+        return False
+    parts = path.split(".")
+    above = (model.get_submodule(".".join(parts[:number])) for number in range(1, len(parts)))
+    return any(isinstance(module, PreTrainedModel) for module in above)
+
+
+def _no_image_region(vision: Site | None) -> str:
+    tower = None if vision is None else vision.tower
+    if tower is None or tower.patch_size is None or (tower.grid is None and tower.patch_order not in MERGING):
+        return "how its image tokens lie in the picture is not known"
+    return ""
 
 
 def _choose(kind: str, stacks: list[Stack], main: dict[str, Stack], refused: dict[str, str]) -> None:
@@ -213,12 +281,12 @@ def _choose(kind: str, stacks: list[Stack], main: dict[str, Stack], refused: dic
         refused[kind] = f"no {kind} stack of transformer blocks was found"
 
 
-def _site(name: str, stack: Stack, segments: tuple[str, ...], stream: str) -> Site:
+def _site(name: str, stack: Stack, width: int, segments: tuple[str, ...], stream: str) -> Site:
     batch_first = getattr(stack.owner, "batch_first", True)  # of open_clip's Transformer
     return Site(
         name,
         stack.blocks,
-        width_of(stack.blocks[0], stack.path),
+        width,
         stack.owner,
         stack.path,
         segments,
@@ -228,12 +296,12 @@ def _site(name: str, stack: Stack, segments: tuple[str, ...], stream: str) -> Si
     )
 
 
-def _vision_site(model: nn.Module, stack: Stack, quirks: list[Quirk]) -> Site:
+def _vision_site(model: nn.Module, stack: Stack, width: int, quirks: list[Quirk]) -> Site:
     tower = _tower(model, stack, quirks)
     segments = tuple(
         s for s in TOWER_SEGMENTS if s == "prompt" or (not tower.no_patches and (s != "cls" or tower.num_cls))
     )
-    site = replace(_site("vision", stack, segments, ""), tower=tower)
+    site = replace(_site("vision", stack, width, segments, ""), tower=tower)
     read = getattr(config_of(model), "vision_feature_layer", None)
     if read is None:
         return site
@@ -255,14 +323,22 @@ def _tower(model: nn.Module, stack: Stack, quirks: list[Quirk]) -> Tower:
     num_cls = sum(1 for name in named if name.rpartition(".")[2] in CLASS_TOKEN_NAMES)
     registers = [parameter for name, parameter in named.items() if name.rpartition(".")[2] in REGISTER_NAMES]
     mixed = next((quirk.why for quirk in quirks if quirk.mixed_tokens), "")
+    patch_order = next((quirk.patch_order for quirk in quirks if quirk.patch_order), "")
+    packs = not PACKING_ARGUMENTS.isdisjoint(inspect.signature(type(module).forward).parameters)
+    no_grid = (
+        "in which order its tower packs the patches of a picture is not known" if packs and not patch_order else ""
+    )
     return Tower(
         module,
         num_cls,
         sum(parameter.shape[-2] for parameter in registers),
         any(quirk.cls_last for quirk in quirks),
         _patch_size(module),
-        next((quirk.patch_order for quirk in quirks if quirk.patch_order), ""),
+        patch_order,
         mixed,
+        no_grid,
+        getattr(config_of(module), "spatial_merge_size", 1),
+        _fixed_grid(module) if any(quirk.tokens_are_patches for quirk in quirks) else None,
     )
 
 
@@ -275,6 +351,16 @@ def _patch_size(tower: nn.Module) -> tuple[int, int] | None:
     if isinstance(size, int):
         return (size, size)
     return (size[0], size[1]) if isinstance(size, tuple | list) and len(size) == 2 else None
+
+
+def _fixed_grid(tower: nn.Module) -> tuple[int, int] | None:
+    """Return rows and columns of patches of a tower whose pictures all have one size, None for others."""
+    if "image_sizes" in inspect.signature(type(tower).forward).parameters:
+        return None
+    size, patch = getattr(config_of(tower), "image_size", None), _patch_size(tower)
+    if not isinstance(size, int) or patch is None or size % patch[0] or size % patch[1]:
+        return None
+    return size // patch[0], size // patch[1]
 
 
 def _vocabularies(model: nn.Module, quirks: list[Quirk], main: Mapping[str, Stack]) -> dict[str, Vocabulary]:

@@ -18,6 +18,8 @@ SIDE_STACKS = {
     "high_res": "a second tower for the same images",
     "global_transformer": "blocks behind those of the tower proper",
 }
+PICTURE_INPUTS = ("pixel_values", "flattened_patches")
+SOUND_INPUTS = ("input_features", "input_values")
 VISION_NAMES = ("vision", "visual", "image")
 
 
@@ -84,14 +86,27 @@ def has_vision_config(config: PreTrainedConfig) -> bool:
     return any(_is_vision_name(name) for name, _ in sub_configs(config))
 
 
-def width_of(block: nn.Module, path: str) -> int:
-    """Return D, read off the block's shallowest normalisation: configs name it in a dozen ways, some misleading."""
+def width_of(stack: Stack) -> int:
+    """Return the width D of a stack's states. Raises ValueError if its blocks do not agree on one."""
+    widths = {_width_of_block(block) for block in stack.blocks} - {None}
+    if not widths:
+        widths = {getattr(config_of(stack.owner), "hidden_size", None)} - {None}  # OLMo's norms have no weights
+    if len(widths) == 1:
+        return int(next(iter(widths)))  # pyright: ignore[reportArgumentType] - None was taken out
+    if widths:
+        several = " and ".join(str(width) for width in sorted(widths, key=str))
+        raise ValueError(f"the blocks at '{stack.path}' have different widths, {several}: name one by its path")
+    raise ValueError(f"the width of the blocks at '{stack.path}' cannot be read: they have no normalisation layer")
+
+
+def _width_of_block(block: nn.Module) -> int | None:
+    """Read the width off the block's shallowest normalisation: configs name it in a dozen ways, some misleading."""
     modules = sorted(block.named_modules(), key=lambda item: item[0].count(".") + bool(item[0]))
     for name, module in modules:
         weight = getattr(module, "weight", None)
         if "norm" in f"{type(module).__name__} {name}".lower() and weight is not None and weight.dim() == 1:
             return weight.shape[0]
-    raise ValueError(f"the hidden width of the blocks at '{path}' cannot be read: they have no normalisation layer")
+    return None
 
 
 def _outermost_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -105,10 +120,17 @@ def _outermost_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_stack(blocks: nn.Module) -> bool:
     items = list(blocks.children())
+    if any(_only_convolves(item) for item in items):
+        return False  # what turns sound into frames
     if items and all(isinstance(item, GradientCheckpointingLayer) for item in items):
         return True
     has_attention = [any("att" in name.lower() for name, _ in item.named_children()) for item in items]
     return bool(items) and len({type(item) for item in items}) == 1 and all(has_attention)
+
+
+def _only_convolves(item: nn.Module) -> bool:
+    kinds = {type(module) for module in item.modules()}
+    return nn.Conv1d in kinds and not any(issubclass(kind, nn.Linear) for kind in kinds)
 
 
 def _kind_by_config(model: PreTrainedModel, path: str) -> str:
@@ -117,13 +139,16 @@ def _kind_by_config(model: PreTrainedModel, path: str) -> str:
     named = list(sub_configs(model.config))
     matches = [name for name, config in named if config is owner_config]
     matches = matches or [name for name, config in named if type(config) is type(owner_config)]
+    takes = model.main_input_name
     for name in matches:
         if _is_vision_name(name):
             return "vision"
+        if name in ("", "encoder") and takes in SOUND_INPUTS:
+            return "text" if "decoder" in path else "other"
+        if name == "encoder" or (name == "" and "vocab_size" not in model.config.to_dict()):
+            return "vision" if takes in PICTURE_INPUTS else "text"
         if "text" in name or name in ("", "llm_config", "decoder"):
-            return "vision" if model.main_input_name == "pixel_values" and not _has_text(model) else "text"
-        if name == "encoder":  # of an encoder-decoder put together from two models
-            return "vision" if model.main_input_name == "pixel_values" else "text"
+            return "text"
     return "other"
 
 
@@ -149,7 +174,3 @@ def _tell_encoder_from_decoder(stacks: list[Stack]) -> list[Stack]:
 
 def _is_vision_name(name: str) -> bool:
     return "vision" in name or name.startswith("image")
-
-
-def _has_text(model: PreTrainedModel) -> bool:
-    return any("vocab_size" in config.to_dict() for _, config in sub_configs(model.config))

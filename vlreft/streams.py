@@ -6,25 +6,26 @@ Tokens are told apart by absolute position (tokens in the cache + place in this 
 prefill, static caches, beams, assisted decoding and recomputation without a cache all agree.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from vlreft.layout import TokenLayout, Vocabulary
+from vlreft.layout import Grid, TokenLayout, Vocabulary
 from vlreft.placed import Placed
 from vlreft.positions import Positions, Selection, select
 
 
 @dataclass(eq=False)
 class Scope:
-    """One layout, and the masks that positions give on it."""
+    """One layout, and the masks that positions give on it. `find_grid` places its image tokens in their pictures."""
 
     layout: TokenLayout
+    find_grid: Callable[[TokenLayout], Grid] | None = None
     masks: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
@@ -60,6 +61,8 @@ class Call:
             if self.offset >= layout.num_tokens and positions.segment != "response":
                 return None
         if positions.text not in self.scope.masks:
+            if positions.has_region and self.scope.find_grid is not None and "image" in layout.segments:
+                layout = replace(layout, grid=self.scope.find_grid(layout))
             self.scope.masks[positions.text] = positions.masks(layout)
         masks = self.scope.masks[positions.text]
         if not (isinstance(self.offset, int) and self.offset == 0 and num_tokens == layout.num_tokens):
@@ -96,20 +99,20 @@ class Stream:
         self.call: Call | None = None
 
     @contextmanager
-    def fixed(self, layout: TokenLayout) -> Iterator[None]:
+    def fixed(self, layout: TokenLayout, find_grid: Callable[[TokenLayout], Grid] | None = None) -> Iterator[None]:
         """Use one layout for all forwards inside, each of which may hold a part of it, told by the cache's length."""
         before = self.scope, self.is_fixed
-        self.scope, self.is_fixed = Scope(layout), True
+        self.scope, self.is_fixed = Scope(layout, find_grid), True
         try:
             yield
         finally:
             self.scope, self.is_fixed = before
             self.call = None
 
-    def open(self, layout: TokenLayout) -> None:
+    def open(self, layout: TokenLayout, find_grid: Callable[[TokenLayout], Grid] | None = None) -> None:
         """Use a layout for this forward, unless one is fixed."""
         if not self.is_fixed:
-            self.scope = Scope(layout)
+            self.scope = Scope(layout, find_grid)
 
     def close(self) -> None:
         """Forget the forward's layout."""

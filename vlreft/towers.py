@@ -58,6 +58,11 @@ class TowerCall:
         if shape not in self.pictures:
             self.pictures[shape] = self._lay_out(site.tower, shape, device, is_packed=is_packed)
         pictures = self.pictures[shape]
+        num_boxes = 1 if self.boxes_B4 is None else len(self.boxes_B4)
+        if num_boxes not in (1, pictures.layout.num_rows):
+            raise ValueError(
+                f"{num_boxes} boxes were given for {pictures.layout.num_rows} pictures; give one, or one for each"
+            )
         mask_BL = placed.join(placed.positions.masks(pictures.layout))
         if pictures.at_T is not None:
             return select(mask_BL.flatten()[pictures.at_T][None], None)
@@ -89,8 +94,14 @@ class TowerCall:
     def _rows(self, tower: Tower, shape: tuple[int, int], device: torch.device) -> _Pictures:
         real_BL = self._real(tower, shape, device)
         num_others = tower.num_cls + tower.num_registers
-        grid = self._given_places(tower, shape, device)
-        if grid is None and (size := self._size_in_patches(tower)) and size[0] * size[1] == shape[1] - num_others:
+        grid, size = self._given_places(tower, shape, device), self._size_in_patches(tower)
+        if grid is None and size is not None and shape[1] - num_others > size[0] * size[1]:
+            why = (
+                f" (its tower runs {shape[1]} tokens, more than {size[0]} x {size[1]} patches and {num_others} others)"
+            )
+            everything_BL = torch.ones(shape, dtype=torch.bool, device=device) if real_BL is None else real_BL
+            return _Pictures(TokenLayout({"prompt": everything_BL}, missing=why))
+        if grid is None and size is not None and shape[1] - num_others == size[0] * size[1]:
             place_L = torch.arange(shape[1], device=device) - (0 if tower.cls_last else num_others)
             is_patch_L = (place_L >= 0) & (place_L < size[0] * size[1])
             row_1L = torch.where(is_patch_L, place_L // size[1], -1)[None]
@@ -141,12 +152,8 @@ class TowerCall:
         width_B1, height_B1 = cols_B1 * size[1], rows_B1 * size[0]
         if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[1] == 3 and isinstance(cols, int):
             width_B1, height_B1 = (torch.tensor([[pixels.shape[side]]], device=device) for side in (-1, -2))
-        boxes_B4 = self._boxes(device)
-        boxes_B14 = None if boxes_B4 is None else boxes_B4[:, None]
+        boxes_B14 = None if self.boxes_B4 is None else self.boxes_B4.to(device)[:, None]
         return Grid(row_BL, col_BL, rows_B1, cols_B1, width_B1, height_B1, boxes_B14)
-
-    def _boxes(self, device: torch.device) -> Tensor | None:
-        return None if self.boxes_B4 is None else self.boxes_B4.to(device)
 
     # All pictures in one row -----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GenerationMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
@@ -209,7 +209,8 @@ class ReftTrainer(ReftMixin, Trainer):
     ) -> EvalLoopOutput:
         """Evaluate by loss, then by generated answers if there are `answer_metrics`."""
         if ignore_keys is None:
-            ignore_keys = [*getattr(self.reft.model.config, "keys_to_ignore_at_inference", ()), *NO_PREDICTIONS]
+            config = self.reft.model.config if isinstance(self.reft.model, PreTrainedModel) else None
+            ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", ()), *NO_PREDICTIONS]
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.answer_metrics is None:
             return output

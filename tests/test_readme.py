@@ -41,3 +41,10 @@ def test_pictures_of_the_readme_exist():
 def test_both_commands_stand_in_the_readme():
     assert "\npip install -e . && python examples/finetune_vqa.py\n" in README
     assert '\npip install -e ".[test]" && pytest\n' in README
+
+
+@pytest.mark.slow
+def test_the_table_of_families_is_what_its_command_prints():
+    from table import everything, summary
+
+    assert "\n".join(summary(everything())) in README

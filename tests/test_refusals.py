@@ -331,9 +331,10 @@ def test_blocks_called_without_the_model():
     vlreft.attach(model, GOOD)
     h_BTD = torch.zeros(1, 4, 16)
     positions = model.model.rotary_emb(h_BTD, torch.arange(4)[None])
+    blocks = nn.Sequential(*model.model.layers)
+    blocks.forward = lambda h: [layer(h, position_embeddings=positions) for layer in blocks]  # pyright: ignore
     with pytest.raises(ValueError, match="outside of a call of the model itself"):
-        for layer in model.model.layers:
-            layer(h_BTD, position_embeddings=positions)
+        blocks(h_BTD)
 
 
 def test_an_inner_model_called_by_itself_is_edited_alike():

@@ -26,6 +26,8 @@ from transformers import (
     GroupViTModel,
     MetaClip2Config,
     MetaClip2Model,
+    Owlv2Config,
+    Owlv2Model,
     OwlViTConfig,
     OwlViTModel,
     Siglip2Config,
@@ -247,6 +249,18 @@ ROWS: tuple[Family, ...] = (
     _row(
         "owlvit",
         _dual(OwlViTModel, OwlViTConfig, {}, {}, projection_dim=16),
+        TEXT,
+        VISION,
+        end=LARGEST,
+        skips={
+            "checkpointing": "reentrant: block 0 of the tower warns that none of its inputs needs a gradient",
+            **SKIPS,
+        },
+    ),
+    # Pooled as OWL-ViT is.
+    _row(
+        "owlv2",
+        _dual(Owlv2Model, Owlv2Config, {}, {}, projection_dim=16),
         TEXT,
         VISION,
         end=LARGEST,

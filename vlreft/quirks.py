@@ -70,6 +70,7 @@ QUIRKS: dict[str, Quirk] = {
     "metaclip_2_text_model": Quirk("it pools as CLIP does", pools="end"),
     "groupvit_text_model": Quirk("it pools as CLIP does", pools="end"),
     "owlvit_text_model": Quirk("the largest id is the end token's", pools="largest"),
+    "owlv2_text_model": Quirk("the largest id is the end token's", pools="largest"),
     "siglip_text_model": Quirk("it pools the last position, which may be a pad", pools="last"),
     "siglip2_text_model": Quirk("it pools the last position, which may be a pad", pools="last"),
     "altclip_text_model": Quirk("it pools as BERT does", pools="first"),

@@ -274,9 +274,7 @@ def text_embedding(output: object) -> Tensor:
     return output[1]
 
 
-DUAL = [
-    row for row in TAIL if row.name.startswith(("open-clip", "siglip")) or "clip" in row.name or "blip-r" in row.name
-]
+DUAL = [row for row in (*families_dual.ROWS, *families_open_clip.ROWS) if row.text]
 
 
 @pytest.mark.parametrize("family", DUAL, ids=str)

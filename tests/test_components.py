@@ -2,6 +2,8 @@
 
 import copy
 
+import families_dual
+import families_open_clip
 import pytest
 import torch
 from family import SAMPLES, Family

@@ -223,9 +223,10 @@ def test_trainer_trains_and_evaluates(tmp_path, kind, what):
     model, takes = build(kind)
     collator = PairCollator(*takes) if what is PairCollator else ClassCollator(*takes, classes=CLASSES)
     rows = pairs(8) if what is PairCollator else examples(8)
+    columns = {"remove_unused_columns": False, "label_names": ["labels"]}  # ReftTrainer says so by itself
     trainer = Trainer(
         model=model,
-        args=arguments(tmp_path, per_device_train_batch_size=4, num_train_epochs=6, learning_rate=1e-3),
+        args=arguments(tmp_path, per_device_train_batch_size=4, num_train_epochs=6, learning_rate=1e-3, **columns),
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=collator,
@@ -244,7 +245,7 @@ def arguments(folder, **more):
         "use_cpu": True,
         "logging_strategy": "no",
     }
-    return TrainingArguments(str(folder), remove_unused_columns=False, label_names=["labels"], **quiet, **more)
+    return TrainingArguments(str(folder), **quiet, **more)
 
 
 def test_accumulated_batches_count_as_one(tmp_path):

@@ -284,7 +284,6 @@ def test_saved_and_loaded_is_bit_for_bit(family, model_of, tmp_path):
         assert heard(model(**batch)).equal(edited)
 
 
-@pytest.mark.slow
 # Reentrant checkpoints announce that blocks in front of the first edit give no gradient; there is none to give.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
@@ -377,16 +376,17 @@ def test_a_cache_that_does_not_count_its_tokens_is_refused(model_of):
 
 
 def has(model: nn.Module, site: str, component: str) -> bool:
+    if site == "connector":
+        return False
     try:
-        find_sites(model)[site].target(0 if site == "connector" else 1, component)
+        find_sites(model)[site].target(1, component)
     except ValueError as error:
         if not re.search(r"has no|not found|keeps its heads|does not say", str(error)):
             raise
         return False
-    return site != "connector"
+    return True
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("component", ["input", "attention", "mlp", "heads"])
 @pytest.mark.parametrize(("family", "site"), [case for case in SITES if "connector" not in case.id])
 def test_components_are_edited_where_asked_or_refused(family, site, component, model_of):

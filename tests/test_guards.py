@@ -54,7 +54,7 @@ ARROWS = {
     "description": {"components", "config", "empty", "plan", "reft", "sites"},
     "describe": {"description"},
     "prefix": {"hooks", "layout", "reft", "selects", "streams"},
-    "trainer": {"data", "layout", "prefix", "reft"},
+    "trainer": {"contrast", "data", "layout", "prefix", "reft"},
     "contrast": {"samples"},
     "__init__": {"config", "contrast", "data", "description", "reft", "trainer"},
 }

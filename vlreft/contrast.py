@@ -5,7 +5,7 @@ What `ReftTrainer` needs for models that compare pictures with texts, transforme
     collator = ClassCollator(preprocess, tokenizer, classes=names, templates=["a photo of a {}"])
     ReftTrainer(model=model, data_collator=collator, compute_loss_func=collator.loss, ...)
 
-Under `TrainingArguments` set `remove_unused_columns=False`, and `label_names=["labels"]` to evaluate.
+Under a trainer that is no `ReftTrainer` set `remove_unused_columns=False`, and `label_names=["labels"]` to evaluate.
 
 Legend: B pictures and N texts of a batch, C classes, E width of the space that both encoders share.
 """

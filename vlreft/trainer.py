@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
 
+from vlreft.contrast import ClassCollator, PairCollator
 from vlreft.data import Collator
 from vlreft.layout import prompt_from_labels, refuse_bad_labels
 from vlreft.prefix import PrefixReuse
@@ -23,6 +24,9 @@ logger = logging.getLogger("vlreft")
 
 # What models put out beside their logits; the Trainer would gather it from all processes as if it were predictions.
 NO_PREDICTIONS = ("cache", "past_key_values", "image_outputs", "image_hidden_states")
+
+# Collators that turn columns into model inputs; the model's signature knows none of these columns.
+ROW_COLLATORS = (Collator, ClassCollator, PairCollator)
 
 AnswerMetrics = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Mapping[str, float]]
 
@@ -122,12 +126,12 @@ class ReftMixin(_TrainerType):
             columns.append("prompt_mask")
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        if isinstance(self.data_collator, Collator):
-            return dataset  # the collator turns columns into model inputs; the model's signature knows none of them
+        if isinstance(self.data_collator, ROW_COLLATORS):
+            return dataset
         return super()._remove_unused_columns(dataset, description)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
-        if isinstance(data_collator, Collator):
+        if isinstance(data_collator, ROW_COLLATORS):
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)
 
@@ -195,6 +199,8 @@ class ReftTrainer(ReftMixin, Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        if isinstance(data_collator, ClassCollator | PairCollator):
+            self.label_names = ["labels"]  # else read off the model's forward, which knows of no such thing
         self.answer_metrics = answer_metrics
         self.reuse_prefix = reuse_prefix
         self.generation = dict(generation or {"max_new_tokens": 32, "do_sample": False})

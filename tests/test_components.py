@@ -130,6 +130,50 @@ def test_a_module_inside_a_block_by_its_path():
     reft.detach()
 
 
+@pytest.mark.parametrize("component", ["path", "attention", "mlp", "heads"])
+def test_edits_inside_blocks_are_the_same_when_the_block_runs_again(component):
+    """Two forwards before the backward: what is recomputed last is not what was laid out last."""
+    family = FAMILIES["llama"]
+    model = family.build()
+    site, component = ("model.layers.1.mlp.up_proj", "output") if component == "path" else ("text", component)
+    layers = "all" if component == "output" else 1
+    heads = "all" if component == "heads" else None
+    item = vlreft.Intervention(
+        "loreft", site=site, component=component, heads=heads, layers=layers, positions="question:f1+l2", rank=2
+    )
+    reft = shake(vlreft.attach(model, vlreft.ReftConfig(item)))
+    batches = [family.batch(SAMPLES[:2]), family.batch(SAMPLES[2:])]
+    found = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        sum(model(**batch).loss for batch in batches).backward()
+        found.append([parameter.grad for parameter in reft.parameters()])
+        for parameter in reft.parameters():
+            parameter.grad = None
+    for plain, again in zip(*found, strict=True):
+        assert plain.abs().max() > 1e-4
+        torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-6)
+    reft.detach()
+    assert not any(
+        "_gradient_checkpointing_func" in vars(b) and "vlreft" in str(b._gradient_checkpointing_func)
+        for b in model.model.layers
+    )
+
+
+def test_reentrant_checkpoints_that_lose_the_gradient_are_refused():
+    family = FAMILIES["llama"]
+    model = family.build()
+    item = vlreft.Intervention("loreft", component="mlp", layers=0, positions="l1", rank=2)
+    reft = vlreft.attach(model, vlreft.ReftConfig(item))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.disable_input_require_grads()
+    with pytest.raises(ValueError, match=r"gives edits inside a block no gradient .* \{\"use_reentrant\": False\}"):
+        model.train()(**family.batch(SAMPLES))
+    reft.detach()
+
+
 def test_a_connector_by_its_path_is_edited_whole():
     model, batch = double(FAMILIES["llava"])
     path = "model.multi_modal_projector"

@@ -47,7 +47,7 @@ class Batches:
 
     def image_mask(self, call: Mapping[str, Any]) -> Tensor | None:
         """Return the mask_BL of image tokens that some families are given as an argument."""
-        mask_BL = call.get(self.sites.image_mask) if self.sites.image_mask else None
+        mask_BL = call.get(self.sites.quirk.image_mask) if self.sites.quirk.image_mask else None
         return mask_BL > 0 if isinstance(mask_BL, Tensor) else None
 
     def _decoder_alone(
@@ -80,7 +80,7 @@ class Batches:
             raise ValueError("the model was called without `labels` and `decoder_input_ids`: positions need tokens")
         _refuse_continuing(call, self.sites.model_name)
         shape = (tokens.shape[0], tokens.shape[1])
-        return decoder_layout(labels_BL, shape, tokens.device, in_place=self.sites.labels_in_place)
+        return decoder_layout(labels_BL, shape, tokens.device, in_place=self.sites.quirk.labels_in_place)
 
     def _tokens(self, stream: str, call: Mapping[str, Any], is_prompt_BL: Tensor | None = None) -> TokenLayout:
         tokens = tokens_in(call)

@@ -5,8 +5,9 @@ after another batch's forward. Hooks on transformers' blocks stay outside of tha
 open_clip recomputes the whole call of a block. The edits must be those of the first time.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,9 +59,10 @@ class BlockWatch:
         self._first_runs = WeakTensorKeyDictionary()
         self._recomputing: AbstractContextManager[None] | None = None
 
-    def add(self, block: nn.Module, target: Target) -> None:
-        """Watch a block, for a module in it that an edit sits on."""
-        if target.is_inner:
+    def add(self, target: Target) -> None:
+        """Watch the block of a module that an edit sits on, or the module itself if it is a block."""
+        block = target.module if target.block is None else target.block
+        if target.block is not None:
             self.inner.setdefault(block, []).append(target.module)
         if block not in self.handles:
             self.handles[block] = [
@@ -88,7 +90,7 @@ class BlockWatch:
         self.waiting.update({module: block for module in self.inner.get(block, ())})
         function = block.__dict__.get(FUNCTION)
         if function is not None and not isinstance(function, ScopedCheckpoint):
-            block.__dict__[FUNCTION] = ScopedCheckpoint(function, self.snapshot)
+            block.__dict__[FUNCTION] = ScopedCheckpoint(function, partial(self._snapshot_of, block))
         if self.is_transformers or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         # open_clip's recomputation gets the very same input; a new forward never does.
@@ -97,24 +99,40 @@ class BlockWatch:
             recomputing.__enter__()
             self._recomputing = recomputing
         else:
-            self._first_runs[h] = self.snapshot()
+            self._first_runs[h] = self._snapshot_of(block)
+
+    def _snapshot_of(self, block: nn.Module) -> Snapshot:
+        restore, shape = self.snapshot(), self.shapes[block]
+
+        @contextmanager
+        def restored() -> Iterator[None]:
+            before, self.shapes[block] = self.shapes[block], shape
+            try:
+                with restore():
+                    yield
+            finally:
+                self.shapes[block] = before
+
+        return restored
 
     def _ends(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._recomputing is not None:
             self._recomputing.__exit__(None, None, None)
             self._recomputing = None
 
-    def in_the_blocks_shape(self, block: nn.Module, module: nn.Module, h: Tensor, where: str) -> Tensor:
-        """Return an inner module's states in its block's shape. Raises ValueError where they are cut otherwise."""
-        self.waiting.pop(module, None)
-        shape = self.shapes.get(block)
+    def in_the_blocks_shape(self, target: Target, h: Tensor, where: str) -> Tensor:
+        """Return a module's states in its block's shape. Raises ValueError where they are cut otherwise."""
+        if target.block is None:
+            return h
+        self.waiting.pop(target.module, None)
+        shape = self.shapes.get(target.block)
         if shape is None or tuple(h.shape[:-1]) == shape:
             return h
         if h.dim() == 2 and h.shape[0] == torch.Size(shape).numel():
             return h.reshape(*shape, h.shape[-1])
         raise ValueError(
-            f"{where}: its {type(module).__name__} works on states of shape {tuple(h.shape)} where the block has "
-            f"{shape}, as windows of attention do; use component='output'"
+            f"{where}: its {type(target.module).__name__} works on states of shape {tuple(h.shape)} where the block "
+            f"has {shape}, as windows of attention do; use component='output'"
         )
 
     def refuse_what_never_ran(self) -> None:

@@ -19,15 +19,15 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_attn_heads")
 class Target:
     """The module to hook for a component: `width` is that of the states there, `num_heads` how many share it.
 
-    `at_input`: the edit acts on what goes in. `is_inner`: the module runs inside a block, hence again where the block
-    is recomputed for the backward pass.
+    `at_input`: the edit acts on what goes in. `block`: the block that the module runs inside of, None if it is none of
+    a block's insides.
     """
 
     module: nn.Module
     width: int
     at_input: bool = False
     num_heads: int = 0
-    is_inner: bool = False
+    block: nn.Module | None = None
 
     @property
     def head_width(self) -> int:
@@ -40,11 +40,11 @@ def find_target(block: nn.Module, component: str, width: int, where: str) -> Tar
     if component in ("output", "input"):
         return Target(block, width, at_input=component == "input")
     if component == "mlp":
-        return Target(_mlp(block, width, where), width, is_inner=True)
+        return Target(_mlp(block, width, where), width, block=block)
     attention = _attention(block, where)
     if isinstance(attention, nn.MultiheadAttention):
         if component == "attention":
-            return Target(attention, width, is_inner=True)
+            return Target(attention, width, block=block)
         raise ValueError(
             f"{where} keeps its heads inside torch.nn.MultiheadAttention, which no hook reaches; use "
             "component='attention'"
@@ -56,9 +56,9 @@ def find_target(block: nn.Module, component: str, width: int, where: str) -> Tar
             "module by its path in `site` instead"
         )
     if component == "attention":
-        return Target(projection, width, is_inner=True)
+        return Target(projection, width, block=block)
     width_in = projection.in_features if isinstance(projection, nn.Linear) else projection.weight.shape[0]
-    return Target(projection, width_in, True, _num_heads(attention, width_in, where), is_inner=True)
+    return Target(projection, width_in, True, _num_heads(attention, width_in, where), block)
 
 
 def _attention(block: nn.Module, where: str) -> nn.Module:

@@ -251,8 +251,8 @@ def _image_tokens(site: Site, sites: Sites) -> str:
     if site.stream != sites.image_stream:
         return ""
     vocabulary = sites.vocabularies[site.stream]
-    if sites.image_mask:
-        return f"by `{sites.image_mask}`"
+    if sites.quirk.image_mask:
+        return f"by `{sites.quirk.image_mask}`"
     if vocabulary.image_ids is None:
         return "not told from text"
     if vocabulary.image_ids:

@@ -120,8 +120,8 @@ class Runtime:
                 hook = partial(self._edit_output, key)
                 handle = target.module.register_forward_hook(hook, prepend=True)
             self.hooked[key] = _Hooked(site, layer, target, handle)
-            if target.is_inner or not self._is_transformers:
-                self._watch.add(site.blocks[layer], target)
+            if target.block is not None or not self._is_transformers:
+                self._watch.add(target)
         self.hooked[key].items.append(placed)
 
     def remove(self, switch: Switch) -> None:
@@ -224,7 +224,7 @@ class Runtime:
         if mask_BL is None and ids_BL is not None:
             mask_BL = guess_attention_mask(model, ids_BL, args, kwargs)
         num_start = decoder_prompt_length(model, kwargs) if self.batches.has_encoder else 1
-        num_tokens = tokens.shape[1] - self.sites.num_dropped
+        num_tokens = tokens.shape[1] - (0 if self.batches.has_encoder else self.sites.quirk.num_dropped)
         with self.prompt(
             None if ids_BL is None else ids_BL[:, :num_tokens],
             None if mask_BL is None else mask_BL[:, :num_tokens],
@@ -380,9 +380,7 @@ class Runtime:
         self.has_run.add(key)
         hooked = self.hooked[key]
         site, shape = hooked.site, h.shape
-        if hooked.target.is_inner:
-            where = f"site '{site.name}' layer {hooked.layer}"
-            h = self._watch.in_the_blocks_shape(site.blocks[hooked.layer], hooked.target.module, h, where)
+        h = self._watch.in_the_blocks_shape(hooked.target, h, f"site '{site.name}' layer {hooked.layer}")
         acting = [placed for placed in hooked.items if placed.switch.on]
         if self.is_muted or not acting:
             return h if h.shape == shape else h.reshape(shape)

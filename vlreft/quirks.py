@@ -4,7 +4,7 @@ A row is found by the `model_type` of a model's config or of one of its parts. W
 `vlreft.sites` finds; where that is not enough, the model is refused, never guessed at.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from transformers import PreTrainedConfig
 
@@ -93,7 +93,13 @@ QUIRKS: dict[str, Quirk] = {
 }
 
 
-def quirks_of(config: PreTrainedConfig) -> list[Quirk]:
-    """Return the rows of a model's config and of its parts, the whole's first."""
-    types = [part.model_type for _, part in sub_configs(config)]
-    return [QUIRKS[name] for name in dict.fromkeys(reversed(types)) if name in QUIRKS]
+def quirk_of(config: PreTrainedConfig) -> Quirk:
+    """Return what is special about a model: the rows of its config and of its parts, the whole's first, as one."""
+    types = dict.fromkeys(part.model_type for _, part in reversed(list(sub_configs(config))))
+    rows = [QUIRKS[name] for name in types if name in QUIRKS]
+    rows.sort(key=lambda row: not (row.refuses or row.mixed_tokens))  # the reason that may be shown comes first
+    merged = Quirk("")
+    for row in rows:
+        told = {item.name: getattr(row, item.name) for item in fields(row) if not getattr(merged, item.name)}
+        merged = replace(merged, **told)
+    return merged

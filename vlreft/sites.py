@@ -4,15 +4,15 @@ What structure does not tell enough about is a row in `vlreft.quirks`.
 """
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlreft.components import Target, find_target
 from vlreft.layout import TOWER_SEGMENTS, WORDS, Vocabulary
-from vlreft.quirks import Quirk, quirks_of
+from vlreft.quirks import Quirk, quirk_of
 from vlreft.stacks import Stack, config_of, find_stacks, has_vision_config, tower_path, width_of
 
 # Parameters that are a class token of a tower, in the field's spellings, and further tokens beside it.
@@ -20,8 +20,10 @@ CLASS_TOKEN_NAMES = ("class_embedding", "cls_token", "class_token")
 REGISTER_NAMES = ("reg_token", "register_tokens", "dist_token", "distillation_token")
 # Arguments of a tower that packs pictures in an order of its family's.
 PACKING_ARGUMENTS = frozenset({"grid_thw", "image_grid_thw"})
+UNKNOWN_ORDER = "in which order its tower packs the patches of a picture is not known"
 MERGING = ("grouped", "windows")  # orders of patches in which a merge window becomes an image token
 TEXT_STREAMS = ("text", "text_encoder")
+KINDS = (*TEXT_STREAMS, "vision")
 MARKER_ATTRIBUTES = ("audio_token_id", "audio_token_index")
 
 
@@ -55,8 +57,9 @@ class Site:
     counts. width: D. owner: the module that runs the blocks. path: where they are. segments: the position segments that
     exist here. stream: whose token ids lay these states out, "" if they are a tower's own; num_live: blocks from 0
     whose output the model reads; `dead_because` says why later ones are dead. drops_cls: whether the model throws the
-    class token of the last live block away. sequence_first: states are (T, B, D). is_module: it is one
-    module named by its path, no list of blocks. no_image_region: why no region can be taken of its image tokens.
+    class token of the last live block away. sequence_first: states are (T, B, D). is_module: it is one module named by
+    its path, no list of blocks; block_around: the block that it is in, if any. no_image_region: why no region can be
+    taken of its image tokens.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Site:
     drops_cls: bool = False
     sequence_first: bool = False
     is_module: bool = False
+    block_around: nn.Module | None = None
     no_image_region: str = "its tokens are no patches"
     tower: Tower | None = None
 
@@ -90,11 +94,17 @@ class Site:
             if component != "output":
                 raise ValueError("site 'connector' is one place, before the first block: leave `component` out")
             return Target(self.blocks[0], self.width, at_input=True)
-        if self.is_module and component == "input" and isinstance(linear := self.blocks[0], nn.Linear):
-            return Target(linear, linear.in_features, at_input=True)
-        if self.is_module and component != "output":
-            raise ValueError(f"site '{self.name}' is one module, of which the output is edited: leave `component` out")
+        if self.is_module:
+            return self._module_target(component)
         return find_target(self.blocks[layer], component, self.width, f"site '{self.name}' layer {layer}")
+
+    def _module_target(self, component: str) -> Target:
+        module = self.blocks[0]
+        if component == "input" and isinstance(module, nn.Linear):
+            return Target(module, module.in_features, at_input=True, block=self.block_around)
+        if component != "output":
+            raise ValueError(f"site '{self.name}' is one module, of which the output is edited: leave `component` out")
+        return Target(module, self.width, block=self.block_around)
 
     def resolve_layers(self, layers: str | tuple[int, ...], segment: str) -> tuple[int, ...]:
         """Return block numbers from 0. Raises ValueError for a layer that is not there, or whose edit is never read."""
@@ -126,21 +136,20 @@ class Site:
 class Sites:
     """Everything that `attach` has to know of a model: sites by name, and what the tokens of each stream mean.
 
-    `image_mask`: the argument that marks image tokens where ids do not. `labels_in_place`: label t of a decoder is its
-    token t, not its token t + 1. `num_dropped`: ids at a prompt's end that `generate` leaves out. `refused`: why a site
-    is not there; `refused_kinds`: why a kind of stack is not to be edited by its path either.
+    `quirk`: what is special about its family. `refused`: why a site is not there.
     """
 
     model: nn.Module
     by_name: Mapping[str, Site]
     vocabularies: Mapping[str, Vocabulary]
-    model_name: str
-    stacks: tuple[Stack, ...] = ()
-    image_mask: str = ""
-    labels_in_place: bool = False
-    num_dropped: int = 0
-    refused: Mapping[str, str] = field(default_factory=dict)
-    refused_kinds: Mapping[str, str] = field(default_factory=dict)
+    stacks: tuple[Stack, ...]
+    quirk: Quirk
+    refused: Mapping[str, str]
+
+    @property
+    def model_name(self) -> str:
+        """The model's class, for messages."""
+        return type(self.model).__name__
 
     @property
     def image_stream(self) -> str:
@@ -170,72 +179,52 @@ class Sites:
         width = width_of(stack) if stack is not None else _width_of_output(module, path)
         around = [stack for stack in self.stacks if f"{path}.".startswith(f"{stack.path}.")]
         for outer in around:
-            if (why := self.refused_kinds.get(outer.kind)) is not None:
-                raise ValueError(f"'{path}' of {self.model_name} cannot be edited: {why}")
+            if outer.kind in self.quirk.refuses:
+                raise ValueError(f"'{path}' of {self.model_name} cannot be edited: {self.quirk.why}")
         known = next((site for site in self.by_name.values() if around and site.path == around[0].path), None)
         owner = stack.owner if stack is not None else module
         tower = Tower(owner, no_patches="nothing is known of the states of a module named by its path")
         site = Site(path, blocks, width, owner, path, ("prompt",), "", len(blocks), tower=tower)
         if known is not None:
             site = replace(known, name=path, blocks=blocks, width=width, path=path, num_live=len(blocks))
-        return replace(site, is_module=stack is None, dead_because="")
+        blocks_around = [block for outer in around for block in outer.blocks if module in block.modules()]
+        block_around = next((block for block in blocks_around if block is not module), None)
+        return replace(site, is_module=stack is None, block_around=block_around, dead_because="")
 
 
 def find_sites(model: nn.Module) -> Sites:
     """Find the sites of a model of transformers, open_clip or timm. Raises ValueError if it has no blocks to edit."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a transformers or open_clip model, got {type(model).__name__}")
-    name, stacks = type(model).__name__, find_stacks(model)
     _refuse_wrapper(model)
+    stacks = tuple(find_stacks(model))
     if not any(stack.kind != "other" for stack in stacks):
         raise ValueError(
-            f"{name} cannot be edited: no list of transformer blocks that read text or pictures was found in it"
+            f"{type(model).__name__} cannot be edited: no list of transformer blocks that read text or pictures was "
+            "found in it"
         )
-    quirks = quirks_of(model.config) if isinstance(model, PreTrainedModel) else []
-    refused = {site: quirk.why for quirk in quirks for site in quirk.refuses}
+    quirk = quirk_of(model.config) if isinstance(model, PreTrainedModel) else Quirk("")
+    refused = dict.fromkeys(quirk.refuses, quirk.why)
     if any(_is_inside_transformers(model, stack.path) for stack in stacks):
         refused["text"] = "its text tower is a transformers model, which alone knows the padding: attach to that one"
-    refused_kinds = dict(refused)
-    main: dict[str, Stack] = {}
-    widths: dict[str, int] = {}
-    for kind in (*TEXT_STREAMS, "vision"):
-        _choose(kind, stacks, main, refused)
-        if kind in main:
-            try:
-                widths[kind] = width_of(main[kind])
-            except ValueError as error:
-                refused[kind] = str(error)
-                del main[kind]
-    vocabularies = _vocabularies(model, quirks, main)
-    by_name: dict[str, Site] = {}
-    for kind, stack in main.items():
-        if kind == "vision":
-            by_name[kind] = _vision_site(model, stack, widths[kind], quirks)
-        else:
-            by_name[kind] = _site(kind, stack, widths[kind], vocabularies[kind].segments, kind)
-    image_mask = next((quirk.image_mask for quirk in quirks if quirk.image_mask), "")
-    labels_in_place = any(quirk.labels_in_place for quirk in quirks)
-    num_dropped = 0 if "text_encoder" in by_name else max((quirk.num_dropped for quirk in quirks), default=0)
+    main = {kind: stack for kind in KINDS if (stack := _choose(kind, stacks, refused)) is not None}
+    vocabularies = _vocabularies(model, quirk, main)
+    by_name = {
+        kind: _vision_site(model, stack, quirk) if kind == "vision" else _site(stack, vocabularies[kind].segments, kind)
+        for kind, stack in main.items()
+    }
+    _add_connector(by_name, vocabularies, refused)
+    return Sites(model, by_name, vocabularies, stacks, quirk, refused)
+
+
+def _add_connector(by_name: dict[str, Site], vocabularies: Mapping[str, Vocabulary], refused: dict[str, str]) -> None:
+    """Add the site where image features enter the blocks that read them among words."""
     stream = "text_encoder" if "text_encoder" in by_name else "text"
-    if stream in by_name and "image" in by_name[stream].segments:
-        by_name[stream] = replace(by_name[stream], no_image_region=_no_image_region(by_name.get("vision")))
-    if stream in by_name and vocabularies[stream].image_ids and "connector" not in refused:
-        text = by_name[stream]
-        by_name["connector"] = replace(text, name="connector", blocks=text.blocks[:1], segments=("image",), num_live=1)
-    else:
+    if stream not in by_name or not vocabularies[stream].image_ids or "connector" in refused:
         refused.setdefault("connector", "its image features do not enter the language model at marked tokens")
-    return Sites(
-        model,
-        by_name,
-        vocabularies,
-        name,
-        tuple(stacks),
-        image_mask,
-        labels_in_place,
-        num_dropped,
-        refused,
-        refused_kinds,
-    )
+        return
+    text = by_name[stream] = replace(by_name[stream], no_image_region=_no_image_region(by_name.get("vision")))
+    by_name["connector"] = replace(text, name="connector", blocks=text.blocks[:1], segments=("image",), num_live=1)
 
 
 def _refuse_wrapper(model: nn.Module) -> None:
@@ -266,27 +255,32 @@ def _no_image_region(vision: Site | None) -> str:
     return ""
 
 
-def _choose(kind: str, stacks: list[Stack], main: dict[str, Stack], refused: dict[str, str]) -> None:
-    """Put the one stack of a kind into `main`, or the reason why there is none into `refused`."""
+def _choose(kind: str, stacks: Sequence[Stack], refused: dict[str, str]) -> Stack | None:
+    """Return the one stack of a kind that can be edited, or put the reason why there is none into `refused`."""
     if kind in refused:
-        return
+        return None
     of_kind = [stack for stack in stacks if stack.kind == kind]
     found = [stack for stack in of_kind if not stack.aside] or of_kind
     if len(found) == 1:
-        main[kind] = found[0]
-    elif found:
-        paths = " and ".join(f"'{stack.path}'" for stack in found)
+        try:
+            width_of(found[0])
+            return found[0]
+        except ValueError as error:
+            refused[kind] = str(error)
+            return None
+    paths = " and ".join(f"'{stack.path}'" for stack in found)
+    refused[kind] = f"no {kind} stack of transformer blocks was found"
+    if found:
         refused[kind] = f"{len(found)} {kind} stacks, {paths}: name one of them by its path"
-    else:
-        refused[kind] = f"no {kind} stack of transformer blocks was found"
+    return None
 
 
-def _site(name: str, stack: Stack, width: int, segments: tuple[str, ...], stream: str) -> Site:
+def _site(stack: Stack, segments: tuple[str, ...], stream: str) -> Site:
     batch_first = getattr(stack.owner, "batch_first", True)  # of open_clip's Transformer
     return Site(
-        name,
+        stream or "vision",
         stack.blocks,
-        width,
+        width_of(stack),
         stack.owner,
         stack.path,
         segments,
@@ -296,12 +290,12 @@ def _site(name: str, stack: Stack, width: int, segments: tuple[str, ...], stream
     )
 
 
-def _vision_site(model: nn.Module, stack: Stack, width: int, quirks: list[Quirk]) -> Site:
-    tower = _tower(model, stack, quirks)
+def _vision_site(model: nn.Module, stack: Stack, quirk: Quirk) -> Site:
+    tower = _tower(model, stack, quirk)
     segments = tuple(
         s for s in TOWER_SEGMENTS if s == "prompt" or (not tower.no_patches and (s != "cls" or tower.num_cls))
     )
-    site = replace(_site("vision", stack, width, segments, ""), tower=tower)
+    site = replace(_site(stack, segments, ""), tower=tower)
     read = getattr(config_of(model), "vision_feature_layer", None)
     if read is None:
         return site
@@ -314,31 +308,25 @@ def _vision_site(model: nn.Module, stack: Stack, width: int, quirks: list[Quirk]
     return replace(site, num_live=num_live, dead_because=dead_because, drops_cls=drops_cls)
 
 
-def _tower(model: nn.Module, stack: Stack, quirks: list[Quirk]) -> Tower:
+def _tower(model: nn.Module, stack: Stack, quirk: Quirk) -> Tower:
     path = tower_path(model, stack.path)
     if not isinstance(model, PreTrainedModel):
         path = stack.path.partition(".")[0] if "." in stack.path else ""  # `visual`, or the tower is the model
     module = model.get_submodule(path)
     named = dict(module.named_parameters())
-    num_cls = sum(1 for name in named if name.rpartition(".")[2] in CLASS_TOKEN_NAMES)
     registers = [parameter for name, parameter in named.items() if name.rpartition(".")[2] in REGISTER_NAMES]
-    mixed = next((quirk.why for quirk in quirks if quirk.mixed_tokens), "")
-    patch_order = next((quirk.patch_order for quirk in quirks if quirk.patch_order), "")
     packs = not PACKING_ARGUMENTS.isdisjoint(inspect.signature(type(module).forward).parameters)
-    no_grid = (
-        "in which order its tower packs the patches of a picture is not known" if packs and not patch_order else ""
-    )
     return Tower(
         module,
-        num_cls,
-        sum(parameter.shape[-2] for parameter in registers),
-        any(quirk.cls_last for quirk in quirks),
-        _patch_size(module),
-        patch_order,
-        mixed,
-        no_grid,
-        getattr(config_of(module), "spatial_merge_size", 1),
-        _fixed_grid(module) if any(quirk.tokens_are_patches for quirk in quirks) else None,
+        num_cls=sum(1 for name in named if name.rpartition(".")[2] in CLASS_TOKEN_NAMES),
+        num_registers=sum(parameter.shape[-2] for parameter in registers),
+        cls_last=quirk.cls_last,
+        patch_size=_patch_size(module),
+        patch_order=quirk.patch_order,
+        no_patches=quirk.why if quirk.mixed_tokens else "",
+        no_grid=UNKNOWN_ORDER if packs and not quirk.patch_order else "",
+        merge=getattr(config_of(module), "spatial_merge_size", 1),
+        grid=_fixed_grid(module) if quirk.tokens_are_patches else None,
     )
 
 
@@ -363,7 +351,7 @@ def _fixed_grid(tower: nn.Module) -> tuple[int, int] | None:
     return size // patch[0], size // patch[1]
 
 
-def _vocabularies(model: nn.Module, quirks: list[Quirk], main: Mapping[str, Stack]) -> dict[str, Vocabulary]:
+def _vocabularies(model: nn.Module, quirk: Quirk, main: Mapping[str, Stack]) -> dict[str, Vocabulary]:
     """Say for each stream what its ids mean: image features stand in the encoder's where there is one."""
     streams = {kind: WORDS for kind in main if kind in TEXT_STREAMS}
     if not isinstance(model, PreTrainedModel):
@@ -373,28 +361,28 @@ def _vocabularies(model: nn.Module, quirks: list[Quirk], main: Mapping[str, Stac
     images_in = "text_encoder" if "text_encoder" in streams else "text"
     if images_in not in streams:
         return streams
-    streams[images_in] = replace(_images_among(model, quirks), **_pooling(model, quirks))
+    streams[images_in] = replace(_images_among(model, quirk), **_pooling(model, quirk))
     return streams
 
 
-def _images_among(model: PreTrainedModel, quirks: list[Quirk]) -> Vocabulary:
+def _images_among(model: PreTrainedModel, quirk: Quirk) -> Vocabulary:
     config = model.config
     ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id", "video_token_index")]
     image_ids = tuple(dict.fromkeys(token_id for token_id in ids if isinstance(token_id, int)))
     others = [getattr(config, name, None) for name in MARKER_ATTRIBUTES]
     marks = tuple(token_id for token_id in others if isinstance(token_id, int))
-    if any(quirk.marks_only for quirk in quirks):
+    if quirk.marks_only:
         return Vocabulary((), image_ids + marks)
-    if any(quirk.image_mask for quirk in quirks):
+    if quirk.image_mask:
         return Vocabulary((-1,), marks)  # told by a mask, by no id
     if image_ids:
         return Vocabulary(image_ids, marks)
-    is_dual = any(quirk.pools for quirk in quirks) or config.is_encoder_decoder
+    is_dual = bool(quirk.pools) or config.is_encoder_decoder
     return Vocabulary(None if has_vision_config(config) and not is_dual else (), marks)
 
 
-def _pooling(model: PreTrainedModel, quirks: list[Quirk]) -> dict[str, int | str]:
-    pools = next((quirk.pools for quirk in quirks if quirk.pools), "")
+def _pooling(model: PreTrainedModel, quirk: Quirk) -> dict[str, int | str]:
+    pools = quirk.pools
     if not pools:
         return {}
     config = model.config.get_text_config()

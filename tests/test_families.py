@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import hooks_of_vlreft
-from family import Family, Sample, Token
+from family import PAD, Family, Sample, Token
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import Spy, plain_positions, plain_tower_positions, shake
@@ -361,6 +361,32 @@ def test_generation_edits_the_prompt_and_only_it(family, model_of):
             together[row, -family.generation()["max_new_tokens"] :].tolist()
             == ids[0, -family.generation()["max_new_tokens"] :].tolist()
         )
+
+
+ENCODED = [family for family in GENERATING if has_encoder(family) and "text" not in family.refused]
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "response:f2"])
+@pytest.mark.parametrize("family", ENCODED, ids=str)
+def test_a_decoder_is_edited_alike_in_training_and_generation(family, positions, model_of):
+    """With a cache, without one, and with the generated answer as labels: the same logits."""
+    model = model_of(family)
+    attached(model, loreft(family, "text", positions))
+    sample = family.samples[0]
+    batch = family.batch([sample], side="right", answer=False)
+    some = {"suppress_tokens": [PAD, *family.image_tokens]}  # labels that are pads would be masked in training
+    options = family.generation(5, return_dict_in_generate=True, output_logits=True) | some
+    with torch.no_grad():
+        cached, whole = (model.generate(**batch, **options, use_cache=use) for use in (True, False))
+        assert cached.sequences.equal(whole.sequences)
+        assert model.generate(**batch, **family.generation(5), num_beams=2, use_cache=True).equal(
+            model.generate(**batch, **family.generation(5), num_beams=2, use_cache=False)
+        )
+        if family.name == "blip_vqa":
+            return  # its forward returns no logits
+        labels = cached.sequences[:, -5:]
+        logits = model(**batch, labels=labels, decoder_input_ids=cached.sequences[:, :-1]).logits[:, -5:]
+    torch.testing.assert_close(torch.stack(cached.logits, 1), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_that_does_not_count_its_tokens_is_refused(model_of):

@@ -17,8 +17,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCac
 from zoo import FAMILIES, Spy, intervention, plain_positions
 
 import vlreft
-from vlreft.hooks import cache_name
-from vlreft.streams import cache_in
+from vlreft.streams import cache_in, cache_name
 
 ROWS = tuple(FAMILIES.values())
 MODES: dict[str, dict[str, Any]] = {

@@ -26,6 +26,7 @@ ARROWS = {
     "stacks": set(),
     "components": set(),
     "samples": set(),
+    "outputs": set(),
     "prompts": set(),
     "data": {"samples"},
     "datasets": set(),
@@ -42,9 +43,9 @@ ARROWS = {
     "batches": {"layout", "placed", "sites", "streams"},
     "hooks": {
         *("batches", "blocks", "components", "layout", "pictures", "placed", "positions"),
-        *("prompts", "sites", "streams", "towers"),
+        *("outputs", "prompts", "sites", "streams", "towers"),
     },
-    "heads": {"components", "hooks", "placed", "sites"},
+    "heads": {"components", "hooks", "outputs", "placed", "sites"},
     "checkpoint": {"config"},
     "plan": {"components", "config", "interventions", "sites"},
     "reft": {
@@ -53,7 +54,7 @@ ARROWS = {
     "empty": {"stacks"},
     "description": {"components", "config", "empty", "plan", "reft", "sites"},
     "describe": {"description"},
-    "prefix": {"hooks", "layout", "reft", "selects", "streams"},
+    "prefix": {"layout", "reft", "selects", "streams"},
     "trainer": {"contrast", "data", "layout", "prefix", "reft"},
     "contrast": {"samples"},
     "__init__": {"config", "contrast", "data", "description", "reft", "trainer"},

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
@@ -42,6 +43,11 @@ class Batches:
         if not self.has_encoder:
             return self._decoder_alone(call, acting, is_prompt_BL, training)
         if stream == "text_encoder":
+            if tokens_in(call) is None and call.get("encoder_outputs") is not None:
+                raise ValueError(
+                    "the model was called with `encoder_outputs`, so the edits in its encoder would do nothing: pass "
+                    "`input_ids`, or run it inside `with reft.disabled()`"
+                )
             return self._tokens(stream, call) if tokens_in(call) is not None else None
         return self._decoder_behind_encoder(call)
 
@@ -70,17 +76,29 @@ class Batches:
         return layout
 
     def _decoder_behind_encoder(self, call: Mapping[str, Any]) -> TokenLayout:
+        _refuse_continuing(call, self.sites.model_name)
         labels = call.get("labels")
         labels_BL = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        mask_BL = call.get("decoder_attention_mask")
         tokens = call.get("decoder_input_ids")
         tokens = call.get("decoder_inputs_embeds") if tokens is None else tokens
         tokens = labels_BL if tokens is None else tokens
-        tokens = tokens_in(call) if tokens is None else tokens  # BART shifts its input where it is given no more
+        if (
+            tokens is None
+            and (tokens := tokens_in(call)) is not None
+            and isinstance(call.get("attention_mask"), Tensor)
+        ):
+            # BART reads its own input, a start token in front, where it is given no more.
+            mask_BL = F.pad(call["attention_mask"][:, :-1], (1, 0), value=1) if mask_BL is None else mask_BL
         if tokens is None:
             raise ValueError("the model was called without `labels` and `decoder_input_ids`: positions need tokens")
-        _refuse_continuing(call, self.sites.model_name)
-        shape = (tokens.shape[0], tokens.shape[1])
-        return decoder_layout(labels_BL, shape, tokens.device, in_place=self.sites.quirk.labels_in_place)
+        return decoder_layout(
+            labels_BL,
+            (tokens.shape[0], tokens.shape[1]),
+            tokens.device,
+            in_place=self.sites.quirk.labels_in_place,
+            attention_mask_BL=mask_BL,
+        )
 
     def _tokens(self, stream: str, call: Mapping[str, Any], is_prompt_BL: Tensor | None = None) -> TokenLayout:
         tokens = tokens_in(call)
@@ -112,8 +130,8 @@ class Batches:
         if needs_prompt and bool(empty_B.any()):
             row = int(empty_B.nonzero()[0])
             raise ValueError(
-                f"row {row} of the batch has no prompt token: its labels start at the first token, so there is nothing "
-                "before the answer to edit; label the answer only (-100 elsewhere)"
+                f"row {row} of the batch has no prompt token, so there is nothing to edit: its labels start at the "
+                "first token (label the answer only, -100 elsewhere), or its attention mask is all zero"
             )
 
 

@@ -1,6 +1,6 @@
 """Components: what of a block is edited: its output or input, its attention's or MLP's output, single heads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,7 +10,11 @@ COMPONENTS = ("output", "input", "attention", "mlp", "heads")
 MLP_NAMES = ("mlp", "feed_forward", "feedforward", "ffn", "ff", "moe", "dense_relu_dense", "denserelu")
 # Last layers of an MLP that has no module of its own, relative to the block.
 BARE_MLPS = ("output.dense", "fc2", "linear2", "ffn_output")
-INNER_PROJECTIONS = ("q", "k", "v", "qkv", "query", "key", "value")
+# Linear layers of an attention that are not its output projection, without "_proj": some are registered behind it.
+INNER_PROJECTIONS = (
+    *("q", "k", "v", "qkv", "kv", "query", "key", "value", "q_gate", "gate", "g", "z", "in", "in_proj_z"),
+    *("output_gate", "receptance"),
+)
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_attn_heads")
 
@@ -49,7 +53,7 @@ def find_target(block: nn.Module, component: str, width: int, where: str) -> Tar
             f"{where} keeps its heads inside torch.nn.MultiheadAttention, which no hook reaches; use "
             "component='attention'"
         )
-    projection = _last_projection(attention, width)
+    projection = _last_projection(attention, width, INNER_PROJECTIONS)
     if projection is None:
         raise ValueError(
             f"{where}: the output projection of its attention ({type(attention).__name__}) was not found; name a "
@@ -77,22 +81,25 @@ def _mlp(block: nn.Module, width: int, where: str) -> nn.Module:
         last = name.rpartition(".")[2].lower()
         if "norm" in last or not any(last == word or last.endswith(word) for word in MLP_NAMES):
             continue
+        if isinstance(module, nn.Linear | Conv1D) and _width_out(module) != width:
+            continue
         # Some MLPs add the residual stream themselves; a mixture of experts has no one last layer.
         is_plain = not any("expert" in inner or "router" in inner for inner, _ in module.named_modules())
         projection = _last_projection(module, width) if is_plain else None
         return module if projection is None else projection
-    for name in BARE_MLPS:
-        if name in named:
-            return named[name]
+    for bare in BARE_MLPS:
+        if found := [module for name, module in named.items() if f".{name}".endswith(f".{bare}")]:
+            return found[-1]
     raise ValueError(f"{where} has no MLP ({_children(block)}); name a module by its path in `site` instead")
 
 
-def _last_projection(module: nn.Module, width: int) -> nn.Linear | Conv1D | None:
-    """Return the last linear layer that gives states of this width and is none of queries, keys and values."""
+def _last_projection(module: nn.Module, width: int, others: Sequence[str] = ()) -> nn.Linear | Conv1D | None:
+    """Return the last linear layer that gives states of this width and has none of these names."""
     found = None
     for name, layer in module.named_modules():
-        last = name.rpartition(".")[2].lower().removesuffix("_proj").removesuffix("_lin")
-        if isinstance(layer, nn.Linear | Conv1D) and _width_out(layer) == width and last not in INNER_PROJECTIONS:
+        last = name.rpartition(".")[2].lower()
+        is_other = last in others or last.removesuffix("_proj").removesuffix("_lin") in others
+        if isinstance(layer, nn.Linear | Conv1D) and _width_out(layer) == width and not is_other:
             found = layer
     return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vlreft.components import Target
-from vlreft.hooks import add_to_first
+from vlreft.outputs import add_to_first
 from vlreft.placed import Switch
 from vlreft.sites import Sites
 

@@ -25,6 +25,7 @@ from vlreft.batches import Batches, tokens_in
 from vlreft.blocks import BlockWatch, Snapshot, states_of
 from vlreft.components import Target
 from vlreft.layout import TokenLayout, text_layout
+from vlreft.outputs import add_to_first, states_in, with_states
 from vlreft.pictures import image_grid
 from vlreft.placed import Placed, Switch
 from vlreft.positions import Selection
@@ -169,7 +170,11 @@ class Runtime:
         with ExitStack() as scopes:
             for name, stream in self.streams.items():
                 if name == "text" and has_encoder:
-                    layout = text_layout((shape[0], num_start), device, grows=True, repeats=repeats)
+                    mask_BL = call.get("decoder_attention_mask")
+                    mask_BL = mask_BL if mask_BL is not None and mask_BL.shape == (shape[0], num_start) else None
+                    layout = text_layout(
+                        (shape[0], num_start), device, attention_mask_BL=mask_BL, grows=True, repeats=repeats
+                    )
                 else:
                     layout = text_layout(
                         shape,
@@ -213,9 +218,15 @@ class Runtime:
         model: Any = self.model
         own = self._own_generate or partial(type(model).generate, model)
         tokens = prompt_tokens(args, kwargs)
+        num_start = decoder_prompt_length(model, kwargs) if self.batches.has_encoder else 1
+        if self.sites.quirk.writes_prompt and "decoder_input_ids" not in kwargs and self.acting("text"):
+            raise ValueError(
+                f"{self.sites.model_name} cannot generate with edits of its decoder: {self.sites.quirk.why}, and does "
+                "not say how long it is; pass `decoder_input_ids`"
+            )
         if tokens is None and (num_rows := num_rows_of(kwargs)) is not None:
-            # A picture alone: the decoder begins with its start token.
-            with self.prompt(None, None, (num_rows, 1), model.device, repeats=True):
+            # A picture alone: the decoder begins with its start token, or with what it is given.
+            with self.prompt(None, None, (num_rows, 1), model.device, call=kwargs, repeats=True, num_start=num_start):
                 return own(*args, **kwargs)
         if tokens is None:
             return own(*args, **kwargs)  # generate itself knows what to say about a call without a prompt
@@ -223,7 +234,6 @@ class Runtime:
         mask_BL = kwargs.get("attention_mask")
         if mask_BL is None and ids_BL is not None:
             mask_BL = guess_attention_mask(model, ids_BL, args, kwargs)
-        num_start = decoder_prompt_length(model, kwargs) if self.batches.has_encoder else 1
         num_tokens = tokens.shape[1] - (0 if self.batches.has_encoder else self.sites.quirk.num_dropped)
         with self.prompt(
             None if ids_BL is None else ids_BL[:, :num_tokens],
@@ -359,13 +369,9 @@ class Runtime:
     # Editing ---------------------------------------------------------------------------------------------------
 
     def _edit_output(self, key: Key, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        h_BTD = output[0] if isinstance(output, tuple | list) else output
-        edited_BTD = self._edit(key, h_BTD)
-        if edited_BTD is h_BTD:
-            return None
-        if isinstance(output, tuple | list):
-            return type(output)((edited_BTD, *output[1:]))
-        return edited_BTD
+        h = states_in(output)
+        edited = self._edit(key, h)
+        return None if edited is h else with_states(output, edited)
 
     def _edit_input(self, key: Key, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         h = states_of(args, kwargs)
@@ -384,6 +390,11 @@ class Runtime:
         acting = [placed for placed in hooked.items if placed.switch.on]
         if self.is_muted or not acting:
             return h if h.shape == shape else h.reshape(shape)
+        if h.shape[-1] != hooked.target.width:
+            raise ValueError(
+                f"site '{site.name}' layer {hooked.layer}: its states are {tuple(h.shape)}, not of the width "
+                f"{hooked.target.width} in their last dimension; use another component, or a module by its path"
+            )
         if site.sequence_first:
             h = h.transpose(0, 1)
         for placed in acting:
@@ -403,22 +414,6 @@ class Runtime:
         return self.streams[site.stream].current_call().select(placed, (h.shape[0], h.shape[1]), h.device)
 
 
-def add_to_first(output: Any, zero: Tensor) -> Any:
-    """Add to the loss if there is one, else to logits, or states where there is no head."""
-    if isinstance(output, dict):
-        first = next(name for name, value in output.items() if _is_float(value))
-        output[first] = output[first] + zero
-        return output
-    if isinstance(output, Tensor):
-        return output + zero
-    place = next(place for place, value in enumerate(output) if _is_float(value))
-    return (*output[:place], output[place] + zero, *output[place + 1 :])
-
-
-def _is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _forward_names(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -427,12 +422,6 @@ def _embedding(model: nn.Module) -> nn.Embedding:
     """Return the table of words of a model that is no transformers model."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return max(tables, key=lambda table: table.num_embeddings)
-
-
-def cache_name(model: nn.Module) -> str:
-    """Return what the model's forward calls its cache, "" if it takes none."""
-    names = inspect.signature(type(model).forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), "")
 
 
 def forget_compiled_graphs() -> None:

@@ -192,7 +192,12 @@ def refuse_bad_labels(labels_BL: Tensor) -> None:
 
 
 def decoder_layout(
-    labels_BL: Tensor | None, shape: tuple[int, int], device: torch.device, *, in_place: bool = False
+    labels_BL: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    in_place: bool = False,
+    attention_mask_BL: Tensor | None = None,
 ) -> TokenLayout:
     """Lay out the decoder's tokens of an encoder-decoder in training: position 0 starts, position t holds label t - 1.
 
@@ -200,12 +205,13 @@ def decoder_layout(
     token is read; without labels, everything.
     """
     if labels_BL is None:
-        return text_layout(shape, device)
+        return text_layout(shape, device, attention_mask_BL=attention_mask_BL)
     labelled_BL = labels_BL != -100
     read_BL = labelled_BL if in_place else F.pad(labelled_BL[:, :-1], (1, 0))
     is_prompt_BL = read_BL.cumsum(1) == 0
-    still_to_come_BL = labelled_BL.flip(1).cumsum(1).flip(1) > 0
-    return text_layout(shape, device, attention_mask_BL=still_to_come_BL, is_prompt_BL=is_prompt_BL)
+    if attention_mask_BL is None:
+        attention_mask_BL = labelled_BL.flip(1).cumsum(1).flip(1) > 0  # no label is still to come behind the answer
+    return text_layout(shape, device, attention_mask_BL=attention_mask_BL, is_prompt_BL=is_prompt_BL)
 
 
 def tower_layout(

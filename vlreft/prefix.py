@@ -21,11 +21,10 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlreft.hooks import cache_name
 from vlreft.layout import TokenLayout
 from vlreft.reft import Reft
 from vlreft.selects import All, First, Slice, Uniform
-from vlreft.streams import cache_in
+from vlreft.streams import cache_in, cache_name
 
 logger = logging.getLogger("vlreft")
 

@@ -23,6 +23,7 @@ class Quirk:
     cls_last: its class token comes behind the patches. labels_in_place: label t of its decoder is the token t itself.
     num_dropped: how many ids at the end of the prompt its `generate` leaves out, if it has no encoder of words.
     tokens_are_patches: its image tokens are the patches of the tower, one each, in raster order.
+    writes_prompt: its `generate` begins the decoder's tokens itself, unless they are given.
     """
 
     why: str
@@ -36,6 +37,7 @@ class Quirk:
     labels_in_place: bool = False
     num_dropped: int = 0
     tokens_are_patches: bool = False
+    writes_prompt: bool = False
 
 
 _SEVERAL_STREAMS = "its blocks hand on several residual streams (4-D states), which one edit cannot stand for"
@@ -49,6 +51,11 @@ QUIRKS: dict[str, Quirk] = {
     "deepseek_v4": Quirk(_SEVERAL_STREAMS, refuses=("text",)),
     "hy_v4": Quirk(_SEVERAL_STREAMS, refuses=("text",)),
     "udop": Quirk(_BEHIND, refuses=("text_encoder",)),
+    "xlnet": Quirk("its states are (tokens, batch, width), of two streams", refuses=("text",)),
+    "reformer": Quirk("its blocks are reversible and carry two streams", refuses=("text",)),
+    "xclip_text_model": Quirk("what reads its words is not told from its prompt generator", refuses=("text",)),
+    "pop2piano": Quirk("its encoder reads sound", refuses=("text_encoder",)),
+    "whisper": Quirk("its `generate` writes the decoder's prompt", writes_prompt=True),
     "vilt": Quirk(_BEHIND, refuses=("text",)),
     "git": Quirk("the picture's tokens stand before the words, without ids of their own", refuses=("text",)),
     "mllama": Quirk(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vlreft.components import Target, find_target
 from vlreft.layout import TOWER_SEGMENTS, WORDS, Vocabulary
 from vlreft.quirks import Quirk, quirk_of
-from vlreft.stacks import Stack, config_of, find_stacks, has_vision_config, tower_path, width_of
+from vlreft.stacks import VISION_NAMES, Stack, config_of, find_stacks, has_vision_config, tower_path, width_of
 
 # Parameters that are a class token of a tower, in the field's spellings, and further tokens beside it.
 CLASS_TOKEN_NAMES = ("class_embedding", "cls_token", "class_token")
@@ -276,7 +276,7 @@ def _choose(kind: str, stacks: Sequence[Stack], refused: dict[str, str]) -> Stac
 
 
 def _site(stack: Stack, segments: tuple[str, ...], stream: str) -> Site:
-    batch_first = getattr(stack.owner, "batch_first", True)  # of open_clip's Transformer
+    attentions = [module for module in stack.blocks[0].modules() if isinstance(module, nn.MultiheadAttention)]
     return Site(
         stream or "vision",
         stack.blocks,
@@ -286,7 +286,7 @@ def _site(stack: Stack, segments: tuple[str, ...], stream: str) -> Site:
         segments,
         stream,
         len(stack.blocks),
-        sequence_first=batch_first is False,
+        sequence_first=any(not attention.batch_first for attention in attentions),
     )
 
 
@@ -311,7 +311,8 @@ def _vision_site(model: nn.Module, stack: Stack, quirk: Quirk) -> Site:
 def _tower(model: nn.Module, stack: Stack, quirk: Quirk) -> Tower:
     path = tower_path(model, stack.path)
     if not isinstance(model, PreTrainedModel):
-        path = stack.path.partition(".")[0] if "." in stack.path else ""  # `visual`, or the tower is the model
+        first = stack.path.partition(".")[0]
+        path = first if first.startswith(VISION_NAMES) else ""  # `visual`, or the tower is the model
     module = model.get_submodule(path)
     named = dict(module.named_parameters())
     registers = [parameter for name, parameter in named.items() if name.rpartition(".")[2] in REGISTER_NAMES]

@@ -4,6 +4,7 @@ Nothing is looked up by a family's name. A stack is an outermost list of blocks;
 sub-config of its nearest ancestor that has one, or, in models without configs (open_clip's, timm's), from its path.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -145,11 +146,24 @@ def _kind_by_config(model: PreTrainedModel, path: str) -> str:
             return "vision"
         if name in ("", "encoder") and takes in SOUND_INPUTS:
             return "text" if "decoder" in path else "other"
-        if name == "encoder" or (name == "" and "vocab_size" not in model.config.to_dict()):
+        if name == "":
+            return _kind_by_inputs(model, path)
+        if name == "encoder":  # of two models put together
             return "vision" if takes in PICTURE_INPUTS else "text"
-        if "text" in name or name in ("", "llm_config", "decoder"):
+        if "text" in name or name in ("llm_config", "decoder"):
             return "text"
     return "other"
+
+
+def _kind_by_inputs(model: PreTrainedModel, path: str) -> str:
+    """Return what the stack of a model without parts reads, by what its forward takes."""
+    names = inspect.signature(type(model).forward).parameters
+    if "input_ids" in names or "decoder_input_ids" in names:
+        return "text"
+    if "decoder" in path:
+        return "other"  # queries for objects
+    takes_pictures = any(name.startswith(PICTURE_INPUTS) or name.endswith("grid_thw") for name in names)
+    return "vision" if takes_pictures else "other"
 
 
 def _kind_by_path(model: nn.Module, path: str) -> str:

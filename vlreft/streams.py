@@ -6,13 +6,14 @@ Tokens are told apart by absolute position (tokens in the cache + place in this 
 prefill, static caches, beams, assisted decoding and recomputation without a cache all agree.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from vlreft.layout import Grid, TokenLayout, Vocabulary
@@ -153,3 +154,9 @@ def length_of(cache: Cache, model_name: str) -> int | Tensor:
             f"the cache of {model_name} does not say how many tokens it holds, so the prompt cannot be told from the "
             "answer; generate with use_cache=False"
         ) from error
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return what the model's forward calls its cache, "" if it takes none."""
+    names = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), "")

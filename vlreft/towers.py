@@ -95,19 +95,25 @@ class TowerCall:
         real_BL = self._real(tower, shape, device)
         num_others = tower.num_cls + tower.num_registers
         grid, size = self._given_places(tower, shape, device), self._size_in_patches(tower)
-        if grid is None and size is not None and shape[1] - num_others > size[0] * size[1]:
-            why = (
-                f" (its tower runs {shape[1]} tokens, more than {size[0]} x {size[1]} patches and {num_others} others)"
-            )
+        if why := self._not_the_patches(shape, num_others, size if grid is None else None):
             everything_BL = torch.ones(shape, dtype=torch.bool, device=device) if real_BL is None else real_BL
-            return _Pictures(TokenLayout({"prompt": everything_BL}, missing=why))
-        if grid is None and size is not None and shape[1] - num_others == size[0] * size[1]:
+            return _Pictures(TokenLayout({"prompt": everything_BL}, missing=f" ({why})"))
+        if grid is None and size is not None:
             place_L = torch.arange(shape[1], device=device) - (0 if tower.cls_last else num_others)
             is_patch_L = (place_L >= 0) & (place_L < size[0] * size[1])
             row_1L = torch.where(is_patch_L, place_L // size[1], -1)[None]
             col_1L = torch.where(is_patch_L, place_L % size[1], -1)[None]
             grid = self._grid(tower, row_1L, col_1L, *size)
         return _Pictures(self._layout(tower, shape, device, grid, real_BL))
+
+    def _not_the_patches(self, shape: tuple[int, int], num_others: int, size: tuple[int, int] | None) -> str:
+        """Return why states of this shape cannot be a row of patches for each picture, "" if they can."""
+        pixels = self.arguments.get("pixel_values", self.arguments.get("x"))
+        if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[0] != shape[0]:
+            return f"its states have {shape[0]} rows for {pixels.shape[0]} pictures"
+        if size is not None and shape[1] != size[0] * size[1] + num_others:
+            return f"it runs {shape[1]} tokens, which are not {size[0]} x {size[1]} patches and {num_others} others"
+        return ""
 
     def _real(self, tower: Tower, shape: tuple[int, int], device: torch.device) -> Tensor | None:
         """Return which tokens are no padding, from the masks and places that towers of padded pictures are given."""

@@ -88,8 +88,9 @@ def _mlp(block: nn.Module, width: int, where: str) -> nn.Module:
         projection = _last_projection(module, width) if is_plain else None
         return module if projection is None else projection
     for bare in BARE_MLPS:
-        if found := [module for name, module in named.items() if f".{name}".endswith(f".{bare}")]:
-            return found[-1]
+        ends = [name for name in named if f".{name}".endswith(f".{bare}")]
+        if ends:
+            return named[min(ends, key=lambda name: name.count("."))]
     raise ValueError(f"{where} has no MLP ({_children(block)}); name a module by its path in `site` instead")
 
 
@@ -129,7 +130,8 @@ def _num_heads(attention: nn.Module, width: int, where: str) -> int:
 
 
 def _by_depth(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    named = [(name, module) for name, module in block.named_modules() if name]
+    # A list of several attentions or MLPs is none of them.
+    named = [(name, module) for name, module in block.named_modules() if name and type(module) is not nn.ModuleList]
     return iter(sorted(named, key=lambda item: item[0].count(".")))
 
 

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="4, 8 and 16 shots, three seeds, text edits as well")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_clip"))
     args = parser.parse_args()
+    if find_spec("peft") is None:
+        parser.error("LoRA, which LoReFT is compared with, is peft's: pip install -e '.[test]'")
     is_demo = args.data == ASSETS / "demo-clip-data" / "lines"
     original = args.original or (ASSETS / "demo-clip-data" / "filled" if is_demo else None)
     logging.set_verbosity_error()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from family import IMAGE, PAD, Family, Sample, loud, noise, pixels
+from family import IMAGE, PAD, PAIRS, Family, Sample, loud, noise, pixels
 from torch import Tensor, nn
 from transformers import (
     AltCLIPConfig,
@@ -34,12 +34,6 @@ from transformers import (
     Siglip2Model,
     SiglipConfig,
     SiglipModel,
-)
-
-ONE_EACH = (
-    Sample((5, IMAGE, 8, 29, 11, 12, 13), ()),
-    Sample((6, IMAGE, 17, 18), ()),
-    Sample((7, IMAGE, 10, 19, 29, 25), ()),
 )
 
 END = 28
@@ -155,7 +149,7 @@ def _row(
         grid=grid,
         end_ids=(end,),
         write=_pairs(media, end, pad=pad, pads_to_max=pads_to_max, loss=loss),
-        samples=ONE_EACH,
+        samples=PAIRS,
         refused=refused or {},
         skips=skips,
     )

@@ -10,18 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from family import IMAGE, PAD, Family, Sample, loud, noise
+from family import IMAGE, PAD, PAIRS, Family, Sample, loud, noise
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import Transformer
 from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
-
-ONE_EACH = (
-    Sample((5, IMAGE, 8, 29, 11, 12, 13), ()),
-    Sample((6, IMAGE, 17, 18), ()),
-    Sample((7, IMAGE, 10, 19, 29, 25), ()),
-)
 
 CONTEXT_LENGTH = 12
 END = 28
@@ -117,7 +111,7 @@ def _row(
         grid=grid,
         end_ids=(end,),
         write=_pairs(end, size, text_length),
-        samples=ONE_EACH,
+        samples=PAIRS,
         skips={**SKIPS, **(skips or {})},
     )
 

@@ -33,6 +33,12 @@ SAMPLES = (
 )
 TEXT_ONLY = (SAMPLES[1], Sample((5, 11, 12, 13, 14, 15), (20, 21)))
 WITH_IMAGES = (SAMPLES[0], SAMPLES[2])
+# A text and a picture each, for dual encoders; 29 is larger than the end id of some.
+PAIRS = (
+    Sample((5, IMAGE, 8, 29, 11, 12, 13), ()),
+    Sample((6, IMAGE, 17, 18), ()),
+    Sample((7, IMAGE, 10, 19, 29, 25), ()),
+)
 
 
 @dataclass(frozen=True)

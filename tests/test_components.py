@@ -17,7 +17,6 @@ from vlreft.sites import find_sites
 BY_NAME = {family.name: family for family in TAIL} | FAMILIES
 # Blocks of the plain form h + attention(norm(h)), then h + mlp(norm(h)).
 PRE_NORM = ("llama", "qwen2", "gpt2", "llava", "qwen3", "phi3", "opt", "mixtral")
-TOWERS = ("llava", "qwen2_5_vl", "paligemma", "idefics3", "open-clip", "open-clip-lnd", "siglip", "mistral3")
 
 
 def vector(site: str, component: str, layer: int, positions: str, **fields: object) -> vlreft.Intervention:
@@ -52,22 +51,20 @@ def random(num: int) -> Tensor:
     return torch.randn(num, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", PRE_NORM)
-def test_what_the_mlp_gives_is_added_to_the_blocks_output(name):
-    model, batch = double(BY_NAME[name])
-    width = find_sites(model)["text"].width
-    ours = outputs_with(model, batch, vector("text", "mlp", 1, "f2+l1"), numbers=random(width))
-    theirs = outputs_with(model, batch, vector("text", "output", 1, "f2+l1"), numbers=random(width))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+SAME = [("mlp", 1, name) for name in PRE_NORM]
+SAME += [("input", 0, name) for name in (*PRE_NORM, "gemma2", "bert-classes", "falcon")]
 
 
-@pytest.mark.parametrize("name", [*PRE_NORM, "gemma2", "bert-classes", "falcon"])
-def test_the_input_of_a_block_is_the_output_of_the_one_before(name):
+@pytest.mark.parametrize(("component", "layer", "name"), SAME)
+def test_what_an_edit_in_block_1_amounts_to(component, layer, name):
+    """What the MLP gives is added to the block's own output; the block's input is the output of the one before."""
     model, batch = double(BY_NAME[name])
     width = find_sites(model)["text"].width
-    ours = outputs_with(model, batch, vector("text", "input", 1, "f2+l1"), numbers=random(width))
-    theirs = outputs_with(model, batch, vector("text", "output", 0, "f2+l1"), numbers=random(width))
+    ours = outputs_with(model, batch, vector("text", component, 1, "f2+l1"), numbers=random(width))
+    theirs = outputs_with(model, batch, vector("text", "output", layer, "f2+l1"), numbers=random(width))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    unedited = outputs_with(model, batch, vector("text", component, 1, "f2+l1"), numbers=0 * random(width))
+    assert (ours - unedited).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -262,8 +262,7 @@ def test_a_step_trains_the_edits_and_nothing_else(family, model_of):
         pytest.skip("no site")
     model, batch = model_of(family), family.batch(family.samples)
     reft = attached(model, *(loreft(family, site, layers=0) for site in sites_of(family)))
-    if "no training mode" not in family.skips:
-        model.train()
+    model.train()
     for name, gradient in zip(dict(reft.edits.named_parameters()), gradients_of(model, reft, batch), strict=True):
         assert gradient.abs().max() > 0, name
     own = {id(parameter) for parameter in reft.parameters()}
@@ -429,7 +428,6 @@ def test_components_are_edited_where_asked_or_refused(family, site, component, m
     with torch.no_grad():
         base = heard(model(**batch))
         reft = attached(model, item)
-        block = family.blocks(model, site)[1]
         target = find_sites(model)[site].target(1, component)
         try:
             with Spy(target.module, of_input=target.at_input) as spy:
@@ -437,12 +435,14 @@ def test_components_are_edited_where_asked_or_refused(family, site, component, m
         except ValueError as error:
             if "works on states of shape" not in str(error):
                 raise
-            return
+            pytest.skip(str(error))
         assert not output.equal(base)
         want = expected(family, site, positions, family.samples)
-        if want is not None and spy.edited(0).dim() == len(spy.before[0].shape) - 1 and block is not None:
-            edited = rows_of(spy.edited(0), family, site)
-            if spy.before[0].dim() > 2 or family.packed:
-                assert edited == (want if len(want) == len(edited) else want * len(edited))
+        if want is not None:
+            changed = spy.edited(0)
+            if changed.dim() == 1 and not (site == "vision" and family.packed):
+                changed = changed.reshape(len(want), -1)  # its tokens come in one row
+            edited = rows_of(changed, family, site)
+            assert edited == (want if len(want) == len(edited) else want * len(edited))
         with reft.disabled():
             assert heard(model(**batch)).equal(base)

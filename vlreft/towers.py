@@ -38,6 +38,12 @@ class TowerCall:
     pictures: dict[tuple[int, ...], _Pictures] = field(default_factory=dict)
     selections: dict[tuple[object, ...], Selection] = field(default_factory=dict)
 
+    @property
+    def _pixels(self) -> Tensor | None:
+        """The pictures, by the names that transformers and open_clip give them."""
+        pixels = self.arguments.get("pixel_values", self.arguments.get("x"))
+        return pixels if isinstance(pixels, Tensor) else None
+
     def select(self, site: Site, placed: Placed, shape: tuple[int, ...], device: torch.device) -> Selection:
         """Return the selected ones of states of a shape without its last dimension."""
         key = (placed.positions.text, placed.part, shape)
@@ -108,8 +114,8 @@ class TowerCall:
 
     def _not_the_patches(self, shape: tuple[int, int], num_others: int, size: tuple[int, int] | None) -> str:
         """Return why states of this shape cannot be a row of patches for each picture, "" if they can."""
-        pixels = self.arguments.get("pixel_values", self.arguments.get("x"))
-        if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[0] != shape[0]:
+        pixels = self._pixels
+        if pixels is not None and pixels.dim() == 4 and pixels.shape[0] != shape[0]:
             return f"its states have {shape[0]} rows for {pixels.shape[0]} pictures"
         if size is not None and shape[1] != size[0] * size[1] + num_others:
             return f"it runs {shape[1]} tokens, which are not {size[0]} x {size[1]} patches and {num_others} others"
@@ -145,18 +151,18 @@ class TowerCall:
         return self._grid(tower, row_BL, col_BL, rows_B1, cols_B1)
 
     def _size_in_patches(self, tower: Tower) -> tuple[int, int] | None:
-        pixels = self.arguments.get("pixel_values", self.arguments.get("x"))
-        if tower.patch_size is None or not isinstance(pixels, Tensor) or pixels.dim() < 4:
+        pixels = self._pixels
+        if tower.patch_size is None or pixels is None or pixels.dim() < 4:
             return None
         return pixels.shape[-2] // tower.patch_size[0], pixels.shape[-1] // tower.patch_size[1]
 
     def _grid(self, tower: Tower, row_BL: Tensor, col_BL: Tensor, rows: int | Tensor, cols: int | Tensor) -> Grid:
         device = row_BL.device
         rows_B1, cols_B1 = (n if isinstance(n, Tensor) else torch.tensor([[n]], device=device) for n in (rows, cols))
-        pixels = self.arguments.get("pixel_values", self.arguments.get("x"))
+        pixels = self._pixels
         size = tower.patch_size or (1, 1)
         width_B1, height_B1 = cols_B1 * size[1], rows_B1 * size[0]
-        if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[1] == 3 and isinstance(cols, int):
+        if pixels is not None and pixels.dim() == 4 and pixels.shape[1] == 3 and isinstance(cols, int):
             width_B1, height_B1 = (torch.tensor([[pixels.shape[side]]], device=device) for side in (-1, -2))
         boxes_B14 = None if self.boxes_B4 is None else self.boxes_B4.to(device)[:, None]
         return Grid(row_BL, col_BL, rows_B1, cols_B1, width_B1, height_B1, boxes_B14)

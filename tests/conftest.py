@@ -1,8 +1,14 @@
 """Shared fixtures: offline, one thread, seeded; models are built once and must come back as they were lent."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vlreft-tests-")  # before datasets does
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -777,7 +777,7 @@ BAD_FOLDERS = {
     "no rows": ({"questions": [], "notes": []}, r"val_questions\.json: holds no rows"),
     "mixed ids": (
         {"questions": changed(QUESTIONS, question_id="x"), "notes": changed(NOTES, question_id="x")},
-        r"val_questions\.json: a column has values of different types",
+        r"val_questions\.json, questions row 1: 'question_id' \(='x'\) is of another type",
     ),
 }
 
@@ -804,7 +804,7 @@ def test_broken_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"val_annotations\.json: is not JSON"):
         load_vqa(folder, "val")
     (folder / "val_annotations.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"val_annotations\.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"val_annotations\.json: is not JSON in UTF-8"):
         load_vqa(folder, "val")
 
 

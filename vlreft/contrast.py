@@ -59,6 +59,14 @@ class PairCollator:
         own_loss = {"return_loss": True} if isinstance(self._encoder, _Processor) else {}
         return {**images, **self._encoder.texts(texts), **own_loss, "labels": torch.arange(len(texts))}
 
+    def pictures(self, rows: Sequence[Row], first: int | None = None) -> dict[str, Tensor]:
+        """Make the pictures' part of a batch alone; errors count from `first` where it is given."""
+        return self._encoder.images([_image_of(row, name, "`text`") for row, name in _named(rows, first)])
+
+    def texts(self, rows: Sequence[Row], first: int | None = None) -> dict[str, Tensor]:
+        """Make the texts' part of a batch alone."""
+        return self._encoder.texts([_text_of(row, name) for row, name in _named(rows, first)])
+
     @staticmethod
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute `contrastive_loss`, for `compute_loss_func`."""
@@ -206,6 +214,36 @@ def zero_shot(model: nn.Module, rows: Any, collator: ClassCollator, *, batch_siz
     named = [({"label": label}, f"row {place}") for place, label in enumerate(labels)]
     checked = [_label_of(row, name, len(collator.classes)) for row, name in named]
     return ZeroShot(torch.cat(logits), torch.tensor(checked))
+
+
+def embed_pairs(
+    model: nn.Module, pictures: Any, texts: Any, collator: PairCollator, *, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Embed pictures and texts, interventions included, as unit vectors (I, E) and (N, E) on the CPU.
+
+    pictures, texts: rows for `collator`, by index and with a length; not as many of one as of the other need be there.
+    Raises: ValueError, naming the row.
+    """
+    if not len(pictures) or not len(texts):
+        raise ValueError(f"there must be pictures and texts; got {len(pictures)} and {len(texts)}")
+    was_training, device = model.training, next(model.parameters()).device
+
+    def chunks(rows: Any) -> Iterator[tuple[int, list[Row]]]:
+        for start in range(0, len(rows), batch_size):
+            yield start, [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+
+    def compare(*parts: Mapping[str, Tensor]) -> _Compared:
+        return _compared(model(**{key: value.to(device) for part in parts for key, value in part.items()}))
+
+    model.eval()
+    try:
+        with torch.no_grad():  # through the whole forward, as in `zero_shot`
+            picture, text = collator.pictures([pictures[0]], 0), collator.texts([texts[0]], 0)
+            image_IE = [compare(collator.pictures(rows, at), text).image_BE.cpu() for at, rows in chunks(pictures)]
+            text_NE = [compare(picture, collator.texts(rows, at)).text_NE.cpu() for at, rows in chunks(texts)]
+    finally:
+        model.train(was_training)
+    return torch.cat(image_IE), torch.cat(text_NE)
 
 
 # What a model returns ------------------------------------------------------------------------------------------------

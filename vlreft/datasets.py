@@ -1,20 +1,21 @@
 """Folders of questions, captions and pictures as `datasets.Dataset`s, in the columns that `Collator` reads.
 
-Pictures are decoded when a row is read, not before. What is wrong in a file is a ValueError that names file and row.
+Files are read once, row by row, into datasets' own cache, and pictures when a row is read, so memory does not follow
+the size of the data. What is wrong in a file is a ValueError that names file and row.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlreft import files
+from vlreft.files import Pictures
+
 if TYPE_CHECKING:
     import datasets
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def load_vqa(folder: str | Path, split: str, images: str | Path | None = None) -> datasets.Dataset:
@@ -24,24 +25,44 @@ def load_vqa(folder: str | Path, split: str, images: str | Path | None = None) -
     row for a question, in the order of the questions file. `images` is the picture folder where it is not found by
     itself. Raises: ValueError for missing or broken files, naming file and row.
     """
-    folder = Path(folder)
-    questions_file, annotations_file = (_split_file(folder, split, kind) for kind in ("questions", "annotations"))
-    annotations = {}
-    for where, row in _rows(annotations_file, "annotations"):
-        _add(annotations, _get(row, "question_id", (int, str), where), (where, row), where)
-    pictures = _Pictures(_image_folder(folder, split, images))
-    rows, seen = [], {}
-    for where, question in _rows(questions_file, "questions"):
-        question_id = _get(question, "question_id", (int, str), where)
-        _add(seen, question_id, None, where)
-        if question_id not in annotations:
-            raise ValueError(f"{where}: question {question_id} has no annotation in {annotations_file}; add it.")
-        where_note, note = annotations[question_id]
-        rows.append(_vqa_row(where, question, where_note, note, pictures))
-    for question_id, (where, _) in annotations.items():
-        if question_id not in seen:
-            raise ValueError(f"{where}: annotation {question_id} has no question in {questions_file}; remove it.")
-    return _dataset(rows, ["image", "question", "answer", "answers", "question_id", "image_id"], questions_file)
+    from datasets import Image, List, Value
+
+    text, number = Value("string"), Value("int64")
+    features = {"image": Image(), "question": text, "answer": text, "answers": List(text), "question_id": number}
+    sources = vqa_files(Path(folder), split)
+    arguments = {"folder": Path(folder), "split": split, "images": images}
+    if isinstance(_first(sources[0], "questions").get("question_id"), str):
+        features["question_id"] = text
+    return files.dataset_of(vqa_rows, {**features, "image_id": number}, sources, **arguments)
+
+
+def vqa_files(folder: Path, split: str) -> list[Path]:
+    """Return the split's questions and annotations file."""
+    return [_split_file(folder, split, kind) for kind in ("questions", "annotations")]
+
+
+def vqa_rows(folder: Path, split: str, images: str | Path | None = None) -> Iterator[dict[str, Any]]:
+    """Yield `load_vqa`'s rows, `image` as a path."""
+    questions, notes = vqa_files(folder, split)
+    pictures = Pictures(_image_folder(folder, split, images))
+    pairs = files.paired(
+        files.json_rows(questions, "questions"),
+        files.json_rows(notes, "annotations"),
+        *("question_id", (int, str), ("question", "annotation")),
+    )
+    for (where, question), (where_note, note) in pairs:
+        image_id = files.value(question, "image_id", int, where)
+        if files.value(note, "image_id", int, where_note) != image_id:
+            raise ValueError(f"{where_note}: is for image {note['image_id']}, its question is for image {image_id}.")
+        answers = [files.mapping(answer, where_note) for answer in files.value(note, "answers", list, where_note)]
+        yield {
+            "image": str(pictures.numbered(image_id, where)),
+            "question": files.value(question, "question", str, where),
+            "answer": files.value(note, "multiple_choice_answer", str, where_note),
+            "answers": [files.value(answer, "answer", str, where_note) for answer in answers],
+            "question_id": question["question_id"],
+            "image_id": image_id,
+        }
 
 
 def load_captions(
@@ -52,21 +73,37 @@ def load_captions(
     Columns: image, question (`prompt` in every row), answer (the caption), image_id; one row for a caption. Raises:
     ValueError for missing or broken files, naming file and row.
     """
-    folder = Path(folder)
-    file = _split_file(folder, split, "captions")
-    pictures = _Pictures(_image_folder(folder, split, images))
+    from datasets import Image, Value
+
+    text = Value("string")
+    features = {"image": Image(), "question": text, "answer": text, "image_id": Value("int64")}
+    arguments = {"folder": Path(folder), "split": split, "images": images, "prompt": prompt}
+    return files.dataset_of(caption_rows, features, [caption_file(Path(folder), split)], **arguments)
+
+
+def caption_file(folder: Path, split: str) -> Path:
+    """Return the split's captions file."""
+    return _split_file(folder, split, "captions")
+
+
+def caption_rows(
+    folder: Path, split: str, images: str | Path | None = None, prompt: str = "describe the image"
+) -> Iterator[dict[str, Any]]:
+    """Yield `load_captions`'s rows, `image` as a path."""
+    file = caption_file(folder, split)
+    pictures = Pictures(_image_folder(folder, split, images))
     names: dict[Any, tuple[str, str]] = {}
-    for where, row in _rows(file, "images"):
-        _add(names, _get(row, "id", int, where), (where, _get(row, "file_name", str, where)), where)
-    rows, paths = [], {}
-    for where, row in _rows(file, "annotations"):
-        image_id, caption = _get(row, "image_id", int, where), _get(row, "caption", str, where)
+    for where, row in files.json_rows(file, "images"):
+        name = files.value(row, "file_name", str, where)
+        files.add(names, files.value(row, "id", int, where), (where, name), where)
+    paths: dict[int, Path] = {}
+    for where, row in files.json_rows(file, "annotations"):
+        image_id, caption = files.value(row, "image_id", int, where), files.value(row, "caption", str, where)
         path = paths.get(image_id)
         if path is None:  # looked up once for the five captions of an image
             path = pictures.named(*names[image_id]) if image_id in names else pictures.numbered(image_id, where)
             paths[image_id] = path
-        rows.append({"image": str(path), "question": prompt, "answer": caption, "image_id": image_id})
-    return _dataset(rows, ["image", "question", "answer", "image_id"], file)
+        yield {"image": str(path), "question": prompt, "answer": caption, "image_id": image_id}
 
 
 def load_jsonl(path: str | Path) -> datasets.Dataset:
@@ -75,70 +112,59 @@ def load_jsonl(path: str | Path) -> datasets.Dataset:
     `image`, if given, is a file name below the file's folder; other columns are kept as they are, and every row has the
     same ones. Raises: ValueError, naming file and line.
     """
-    file, rows, ids = Path(path), [], {}
-    pictures = _Pictures(file.parent)
-    for number, line in enumerate(_read(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        row = _mapping(_json(line, where), where)
+    file = Path(path)
+    return files.dataset_of(jsonl_rows, _jsonl_features(file), [file], file=file)
+
+
+def jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield `load_jsonl`'s rows, `image` as a path."""
+    ids: dict[Any, None] = {}
+    first: Mapping[str, Any] | None = None
+    pictures = Pictures(file.parent)
+    for where, row in files.json_lines(file):
         for key in ("question", "answer"):
-            _get(row, key, str, where)
+            files.value(row, key, str, where)
         if row.get("question_id") is not None:
-            _add(ids, row["question_id"], None, where)
+            files.add(ids, row["question_id"], None, where)
         if row.get("image") is not None:
-            row = {**row, "image": str(pictures.named(where, _get(row, "image", str, where)))}
-        if rows and row.keys() != rows[0].keys():
+            row = {**row, "image": str(pictures.named(where, files.value(row, "image", str, where)))}
+        first = row if first is None else first
+        if row.keys() != first.keys():
             raise ValueError(
-                f"{where}: has the keys {sorted(row)}, those before have {sorted(rows[0])}; make them equal."
+                f"{where}: has the keys {sorted(row)}, those before have {sorted(first)}; make them equal."
             )
-        rows.append(row)
-    return _dataset(rows, list(rows[0]) if rows else [], file)
+        yield dict(row)
 
 
-class _Pictures:
-    """The pictures of one folder, by name or by the 12 digits that their names end with."""
+def _jsonl_features(file: Path) -> dict[str, Any]:
+    """The kind of each column, from its values: one pass over the file, a value of each column held."""
+    import pyarrow
+    from datasets import Features, Image
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._root = folder.resolve()
-        self._by_number: dict[int, Path] | None = None
-
-    def named(self, where: str, name: str) -> Path:
-        path = self.folder / name
-        if not path.resolve().is_relative_to(self._root):
-            raise ValueError(f"{where}: the file name {name!r} leaves the folder {self.folder}; name a file inside it.")
-        if not path.is_file():
-            raise ValueError(f"{where}: there is no image {name!r} in {self.folder}; add it, or name another folder.")
-        return path
-
-    def numbered(self, image_id: int, where: str) -> Path:
-        if self._by_number is None:  # listed once: COCO's folders hold 80,000 files
-            self._by_number = {}
-            for path in sorted(_pictures_in(self.folder)):
-                if digits := re.search(r"(?:^|\D)(\d{12})$", path.stem):
-                    _add(self._by_number, int(digits[1]), path, str(path))
-        if image_id not in self._by_number:
-            raise ValueError(
-                f"{where}: there is no image {image_id} in {self.folder} (a name that ends with {image_id:012d}, as "
-                f"{' '.join(sorted(SUFFIXES))}); add it, or name another folder with `images`."
-            )
-        return self._by_number[image_id]
+    checked = {"question": "", "answer": "", "image": ""}  # as the rows are read
+    samples: dict[str, Any] = {}
+    for where, row in files.json_lines(file):
+        for name, found in row.items():
+            samples[name] = checked[name] if name in checked else _of_one_kind(samples.get(name), found, name, where)
+    features = dict(Features.from_arrow_schema(pyarrow.Table.from_pylist([samples]).schema))
+    return {**features, "image": Image()} if "image" in features else features
 
 
-def _vqa_row(where: str, question: Mapping, where_note: str, note: Mapping, pictures: _Pictures) -> dict[str, Any]:
-    image_id = _get(question, "image_id", int, where)
-    if _get(note, "image_id", int, where_note) != image_id:
-        raise ValueError(f"{where_note}: is for image {note['image_id']}, its question is for image {image_id}.")
-    answers = [_mapping(answer, where_note) for answer in _get(note, "answers", list, where_note)]
-    return {
-        "image": str(pictures.numbered(image_id, where)),
-        "question": _get(question, "question", str, where),
-        "answer": _get(note, "multiple_choice_answer", str, where_note),
-        "answers": [_get(answer, "answer", str, where_note) for answer in answers],
-        "question_id": question["question_id"],
-        "image_id": image_id,
-    }
+def _of_one_kind(known: Any, found: Any, name: str, where: str) -> Any:
+    """The value that says what a column holds, of one known and one found; whole numbers may stand among others."""
+    if known is None or found is None:
+        return known if found is None else found
+    if {type(known), type(found)} == {int, float}:
+        return float(known)
+    if type(known) is not type(found):
+        raise ValueError(
+            f"{where}: {name!r} (={found!r}) is of another type than in the rows before ({known!r}); make them equal."
+        )
+    return known
+
+
+def _first(file: Path, key: str) -> Mapping[str, Any]:
+    return next((row for _, row in files.json_rows(file, key)), {})
 
 
 def _split_file(folder: Path, split: str, kind: str) -> Path:
@@ -160,11 +186,7 @@ def _split_file(folder: Path, split: str, kind: str) -> Path:
 
 def _image_folder(folder: Path, split: str, images: str | Path | None) -> Path:
     """The given folder, else the first of the usual ones that holds pictures."""
-    usual = [Path(images)] if images is not None else _usual_image_folders(folder, split)
-    for place in usual:
-        if place.is_dir() and any(True for _ in _pictures_in(place)):
-            return place
-    raise ValueError(f"no image folder for {folder}: none of {[str(p) for p in usual]} holds any; give `images`.")
+    return files.first_with_pictures([Path(images)] if images is not None else _usual_image_folders(folder, split))
 
 
 def _usual_image_folders(folder: Path, split: str) -> list[Path]:
@@ -174,61 +196,3 @@ def _usual_image_folders(folder: Path, split: str) -> list[Path]:
     home = folder.resolve()  # the parent of "." is found from its full name
     beside = [home.parent / name / split for name in (f"images_{home.name}", "images")]
     return below + beside
-
-
-def _pictures_in(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def _rows(file: Path, key: str) -> Iterable[tuple[str, Mapping]]:
-    rows = _get(_mapping(_json(_read(file), str(file)), str(file)), key, list, str(file))
-    for number, row in enumerate(rows):
-        where = f"{file}, {key} row {number}"
-        yield where, _mapping(row, where)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); give a JSON file in UTF-8.") from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON ({error}); mend it or fetch it anew.") from error
-
-
-def _mapping(value: Any, where: str) -> Mapping:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: got a {type(value).__name__} where a JSON object is expected.")
-    return value
-
-
-def _get(row: Mapping, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    if key not in row:
-        raise ValueError(f"{where}: has no {key!r}, only {sorted(row)}; add it.")
-    # JSON's true and false are ints to Python.
-    if not isinstance(row[key], kind) or isinstance(row[key], bool):
-        raise ValueError(f"{where}: {key!r} (={row[key]!r}) has the wrong type {type(row[key]).__name__}.")
-    return row[key]
-
-
-def _add(table: dict, key: Any, value: Any, where: str) -> None:
-    if key in table:
-        raise ValueError(f"{where}: the id {key} is there a second time; ids must be unique.")
-    table[key] = value
-
-
-def _dataset(rows: list[dict[str, Any]], columns: list[str], file: Path) -> datasets.Dataset:
-    import datasets
-
-    if not rows:
-        raise ValueError(f"{file}: holds no rows.")
-    try:
-        data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
-    except (TypeError, ValueError) as error:  # Arrow's
-        raise ValueError(f"{file}: a column has values of different types ({error}); make them equal.") from error
-    return data.cast_column("image", datasets.Image()) if "image" in columns else data

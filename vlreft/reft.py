@@ -1,5 +1,6 @@
 """`Reft`, `attach` and `load`: put interventions on the model the user already has, in place, and take them off."""
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -164,6 +165,14 @@ class Reft:
         """Write `reft_config.json`, `reft_model.safetensors` and a model card; the base is not written."""
         tensors = {name: parameter.data for name, parameter in self._parts.named_parameters()}
         write_checkpoint(folder, Checkpoint(self.config, _describe_base(self.model, self._sites), tensors))
+
+    def fingerprint(self) -> str:
+        """Return a hash of what these interventions do: their config, numbers, and whether they are switched on."""
+        digest = hashlib.sha256(f"{self._switch.on} {self.config.to_json()}".encode())
+        for name, parameter in self._parts.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def load_weights(self, folder: str | os.PathLike[str]) -> None:
         """Copy a checkpoint's numbers into these interventions, in place. Raises ValueError if it does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +113,17 @@ def _images_of(example: Mapping[str, Any], name: str) -> list[Image.Image]:
 
 
 def open_image(image: Any, name: str) -> Image.Image:
-    """The image upright and in RGB; a file is read whole and closed."""
+    """The image upright and in RGB; a file is read whole and closed.
+
+    Takes a picture, a path, or what data sets that do not decode hold: `{"path": ..., "bytes": ...}`.
+    """
+    if isinstance(image, Mapping) and image.keys() == {"path", "bytes"}:
+        content, image = image["bytes"], image["path"] or "bytes of the data set"
+    else:
+        content = None
     if isinstance(image, (str, Path)):
         try:
-            with Image.open(image) as opened:
+            with Image.open(image if content is None else BytesIO(content)) as opened:
                 opened.load()
                 return _rgb(opened)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises

@@ -1,5 +1,6 @@
 """`ReftMixin` for any `transformers.Trainer` subclass, and `ReftTrainer`: one trainer for text, VQA and captioning."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils.logging import tqdm
 
+from vlreft.answers import AnswerFile, answer_all
 from vlreft.contrast import ClassCollator, PairCollator
 from vlreft.data import Collator
 from vlreft.layout import prompt_from_labels, refuse_bad_labels
@@ -158,7 +159,8 @@ class ReftTrainer(ReftMixin, Trainer):
 
     answer_metrics: called with the generated answers and the examples they answer, returns named numbers; they join the
         evaluation's metrics (`eval_<name>`), so that early stopping and `load_best_model_at_end` can use them. Needs a
-        `vlreft.Collator`.
+        `vlreft.Collator`. Their answers are written to `answers/` in the output folder as they come, and an interrupted
+        evaluation goes on where it stopped.
     generation: arguments of `model.generate` for it; greedy with 32 new tokens by default.
     reuse_prefix: run the tokens before the first edited one without a graph (same gradients, less time and memory):
         wherever that is exact ("auto"), always (True: an error that says why where it is not), or never (False).
@@ -221,31 +223,57 @@ class ReftTrainer(ReftMixin, Trainer):
         if self.answer_metrics is None:
             return output
         dataset: Any = dataloader.dataset
-        scores = self.answer_metrics(self.predict_answers(dataset), dataset)
+        answers = self.predict_answers(dataset, file=self._evaluation_file(metric_key_prefix))
+        scores = self.answer_metrics(answers, dataset)
         named = {f"{metric_key_prefix}_{name}": float(score) for name, score in scores.items()}
         return output._replace(metrics=dict(output.metrics or {}) | named)
 
-    def predict_answers(self, dataset: Any) -> list[str]:
-        """Generate an answer for each example of a dataset with a length; prompts are batched and left-padded."""
-        collator, size = self.data_collator, self.args.per_device_eval_batch_size
+    def predict_answers(
+        self,
+        dataset: Any,
+        *,
+        file: AnswerFile | None = None,
+        score: Callable[[Sequence[str]], float] | None = None,
+    ) -> list[str]:
+        """Generate an answer for each example of a dataset with a length; prompts are batched and left-padded.
+
+        file: takes the answers as they come; those that it holds already are not generated again. Examples are told
+            apart by `id` or `question_id`, else by their place. One process only.
+        score: of the answers so far, those to the first examples, for the progress bar; called a few times in all.
+        """
+        collator = self.data_collator
         if not isinstance(collator, Collator):
             raise ValueError("`predict_answers` needs `data_collator=vlreft.Collator(processor)`")
-        model = self.reft.model
+        if file is not None and self.args.world_size > 1:
+            raise ValueError(f"`file` is for one process, there are {self.args.world_size}; gather the answers instead")
+
+        def answer(examples: list[Any]) -> list[str]:
+            batch = self._prepare_inputs(collator.prompts(examples))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                ids_BS = self.reft.model.generate(**batch, **self.generation)  # pyright: ignore[reportCallIssue]
+            return collator.decode(ids_BS, batch["input_ids"].shape[1])
+
+        model, places = self.reft.model, range(self.args.process_index, len(dataset), self.args.world_size)
+        size, is_shown = self.args.per_device_eval_batch_size, not self.args.disable_tqdm
         was_training = model.training
         model.eval()
-        mine = range(self.args.process_index, len(dataset), self.args.world_size)
-        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
-        answers: list[tuple[int, str]] = []
         try:
-            for chunk in tqdm(chunks, desc="Generating", leave=False, disable=self.args.disable_tqdm):
-                batch = self._prepare_inputs(collator.prompts([dataset[index] for index in chunk]))
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    ids_BS = model.generate(**batch, **self.generation)  # pyright: ignore[reportCallIssue]
-                texts = collator.decode(ids_BS, batch["input_ids"].shape[1])
-                answers.extend(zip(chunk, texts, strict=True))
+            answers = answer_all(answer, dataset, places, size, file=file, score=score, is_shown=is_shown)
         finally:
             model.train(was_training)
-        return [text for _, text in sorted(self._gather(answers))]
+        return [text for _, text in sorted(self._gather(list(zip(places, answers, strict=True))))]
+
+    def answers_key(self) -> str:
+        """Return a hash of what answers depend on, for `AnswerFile`: interventions, generation, batch, base."""
+        base = self.reft.model.config.name_or_path if isinstance(self.reft.model, PreTrainedModel) else ""
+        settings = (self.generation, self.args.per_device_eval_batch_size, base)
+        return hashlib.sha256(f"{self.reft.fingerprint()} {settings}".encode()).hexdigest()
+
+    def _evaluation_file(self, prefix: str) -> AnswerFile | None:
+        if self.args.world_size > 1:
+            return None
+        path = Path(str(self.args.output_dir), "answers", f"{prefix}-{self.state.global_step:06d}.jsonl")
+        return AnswerFile(path, self.answers_key(), replace=True)
 
     def _gather(self, answers: list[tuple[int, str]]) -> list[tuple[int, str]]:
         if self.args.world_size == 1:

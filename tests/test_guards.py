@@ -29,7 +29,11 @@ ARROWS = {
     "outputs": set(),
     "prompts": set(),
     "data": {"samples"},
-    "datasets": set(),
+    "files": set(),
+    "answers": set(),
+    "published": {"config"},
+    "recipes": {"config", "published"},
+    "datasets": {"files"},
     "quirks": {"stacks"},
     "selects": {"layout"},
     "positions": {"layout", "selects"},
@@ -55,14 +59,14 @@ ARROWS = {
     "description": {"components", "config", "empty", "plan", "reft", "sites"},
     "describe": {"description"},
     "prefix": {"layout", "reft", "selects", "streams"},
-    "trainer": {"contrast", "data", "layout", "prefix", "reft"},
+    "trainer": {"answers", "contrast", "data", "layout", "prefix", "reft"},
     "contrast": {"samples"},
-    "__init__": {"config", "contrast", "data", "description", "reft", "trainer"},
+    "__init__": {"config", "contrast", "data", "description", "recipes", "reft", "trainer"},
 }
 
 PUBLIC = {
     *("ClassCollator", "Collator", "Intervention", "PairCollator", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
-    *("attach", "contrastive_loss", "describe", "load", "zero_shot"),
+    *("attach", "contrastive_loss", "describe", "load", "recipe", "zero_shot"),
 }
 
 MAX_LINES = 450

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from vlreft.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
     from vlreft.data import Collator
     from vlreft.description import describe
+    from vlreft.recipes import recipe
     from vlreft.reft import Reft, attach, load
     from vlreft.trainer import ReftMixin, ReftTrainer
 
@@ -23,6 +24,7 @@ __all__ = [
     "contrastive_loss",
     "describe",
     "load",
+    "recipe",
     "zero_shot",
 ]
 
@@ -41,6 +43,8 @@ def __getattr__(name: str) -> Any:
         from vlreft import data as home
     elif name == "describe":
         from vlreft import description as home
+    elif name == "recipe":
+        from vlreft import recipes as home
     else:
         raise AttributeError(f"module 'vlreft' has no attribute '{name}'")
     return getattr(home, name)

@@ -8,7 +8,6 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vlreft-tests-")  # before datasets does
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from zoo import FAMILIES, shake
 import vlreft
 from vlreft.reft import find_reft
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

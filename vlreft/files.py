@@ -72,7 +72,7 @@ def table_rows(file: Path, *, delimiter: str = "\t", quoted: bool = False) -> It
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
             yield from enumerate(lines, 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); give a file in UTF-8.") from error

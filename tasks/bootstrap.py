@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.protocol import load_test
 from tasks.statistics import Comparison, holm, paired_bootstrap
 from tasks.table import TASKS
 from tasks.task import Task, texts_of
@@ -55,7 +56,8 @@ def compare(runs: Sequence[Finished]) -> list[tuple[str, Path | None, Comparison
     for part in first.data["test"]["scores"]:
         for other in others:
             _refuse_other_rows(first, other, part)
-        rows = list(texts_of(task.load(part, _folder(first))))
+        settings, folder = first.data["settings"], _folder(first)
+        rows = list(texts_of(load_test(task, part, folder, settings["num_test"], settings["split_seed"])))
         pairs = [(run.folder, run.answers(part)) for run in others] or [(None, first.answers(part, base=True))]
         mine = first.answers(part)
         found += [(part, folder, paired_bootstrap(task.metric, mine, theirs, rows)) for folder, theirs in pairs]

@@ -110,8 +110,8 @@ class Manifest:
 
 
 def now() -> str:
-    """Return the time in UTC, to the microsecond."""
-    return datetime.now(UTC).isoformat()
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ The order is the protocol: candidates are trained with the first seed and compar
 other seeds; the selection is made final; only then are the test's files read, after the manifest says so.
 """
 
+import math
+import platform
 import resource
 import shutil
 import sys
@@ -11,11 +13,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import vlreft
@@ -56,6 +58,7 @@ class Settings:
     drop_shared: bool = False
     tests: tuple[str, ...] | None = None
     max_length: int | None = None
+    overflow: Literal["error", "cut"] = "error"
     prompt: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
@@ -97,7 +100,7 @@ class Run:
         for name, rows in (("train", train), ("dev", dev)):
             self.manifest.record_data(name, describe_part(rows))
         tried = [self._trial(lr, self.settings.seeds[0], train, dev) for lr in self.settings.lrs]
-        best = max(tried, key=lambda trial: trial["dev"]["value"])
+        best = max(tried, key=_dev_value)
         trials = [best, *(self._trial(best["lr"], seed, train, dev) for seed in self.settings.seeds[1:])]
         self.manifest.select({"lr": best["lr"], "adapters": [trial["adapter"] for trial in trials]})
 
@@ -124,7 +127,7 @@ class Run:
 
     def _trial(self, lr: float, seed: int, train: datasets.Dataset, dev: datasets.Dataset) -> dict[str, Any]:
         """Train one candidate, or return its record if that was done before."""
-        name = f"lr-{lr:g}-seed-{seed}"
+        name = f"lr-{lr}-seed-{seed}"
         if (known := self.manifest.trial(name)) is not None:
             return known
         folder = self.folder / "trials" / name
@@ -198,10 +201,7 @@ class Run:
         """Load a part of the test. Raises: ValueError before the manifest says that it is open."""
         if not self.manifest.data["test"]["openings"]:
             raise ValueError("the test is sealed until the selection is final")
-        rows, num_test = self.task.load(part, self.data), self.settings.num_test
-        if num_test is None:
-            return rows
-        return rows.shuffle(seed=self.settings.split_seed).select(range(min(num_test, len(rows))))
+        return load_test(self.task, part, self.data, self.settings.num_test, self.settings.split_seed)
 
     def _test_part(self, rows: datasets.Dataset, folder: Path) -> dict[str, Any]:
         setup = self._loaded(self.task, rows)
@@ -235,6 +235,7 @@ class Run:
                 device=settings.device,
                 dtype=getattr(torch, settings.dtype),
                 max_length=settings.max_length,
+                overflow=settings.overflow,
                 prompt=settings.prompt,
                 generation=settings.generation,
             )
@@ -243,6 +244,7 @@ class Run:
                 self.setup = load_setup(task, settings.model, options, rows)
             except OSError as error:
                 raise ValueError(f"the model {settings.model!r} cannot be loaded: {error}") from error
+            self.manifest.data.setdefault("base", _base(self.setup.model))
         return self.setup
 
     def _refuse_missing_parts(self) -> None:
@@ -268,12 +270,36 @@ def _trained(trainer: TaskTrainer, folder: Path) -> dict[str, Any]:
     }
 
 
+def load_test(task: Task, part: str, folder: Path | None, num_test: int | None, seed: int) -> datasets.Dataset:
+    """Load a part of the test, whole or `num_test` rows of it, drawn by the seed."""
+    rows = task.load(part, folder)
+    return rows if num_test is None else rows.shuffle(seed=seed).select(range(min(num_test, len(rows))))
+
+
+def _base(model: torch.nn.Module) -> dict[str, Any]:
+    """What was adapted, and on what machine."""
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    device = next(model.parameters()).device
+    return {
+        "class": type(model).__name__,
+        "commit": getattr(config, "_commit_hash", None),
+        "num_weights": sum(parameter.numel() for parameter in model.parameters()),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
 def peak_memory(model: torch.nn.Module) -> dict[str, Any]:
     """Return the most memory used so far, in bytes: the device's own count on a GPU, else the whole process'."""
     if next(model.parameters()).device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(), "of": "cuda allocator"}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process"}
+
+
+def _dev_value(trial: Mapping[str, Any]) -> float:
+    value = trial["dev"]["value"]
+    return value if math.isfinite(value) else -math.inf  # a correlation of constant answers is no number
 
 
 def _plain(score: Score) -> dict[str, Any]:

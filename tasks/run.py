@@ -101,6 +101,7 @@ def _settings(task: Task, args: argparse.Namespace) -> Settings:
         generation={
             **(recipe.generation if recipe else {}),
             **({"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}),
+            **dict(map(_assignment, args.generate)),
         },
         shots=args.shots,
         num_train=args.num_train,
@@ -110,6 +111,7 @@ def _settings(task: Task, args: argparse.Namespace) -> Settings:
         drop_shared=args.drop_shared,
         tests=None if args.tests is None else tuple(args.tests),
         max_length=args.max_length or _length_of(recipe),
+        overflow=args.overflow or (recipe.collator.get("overflow", "error") if recipe else "error"),
         prompt=args.prompt,
         dtype=args.dtype or ("float32" if device == "cpu" else recipe.dtype if recipe else "bfloat16"),
         device=device,
@@ -152,7 +154,7 @@ def _is_small(model: str) -> bool:
 def _assignment(text: str) -> tuple[str, Any]:
     name, found, value = text.partition("=")
     if not found:
-        raise ValueError(f"`--set` (={text!r}) must be NAME=VALUE, a keyword of transformers.TrainingArguments.")
+        raise ValueError(f"{text!r} must be NAME=VALUE, as in `--set weight_decay=0.1` or `--generate num_beams=4`.")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -212,7 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--drop-shared", action="store_true", help="leave examples that stand in dev as well out of train")
     add("--tests", nargs="+", help="of the task's test parts, all by default")
     add("--max-length", type=int, help="of prompt and answer together, in tokens")
+    add("--overflow", choices=["error", "cut"], help="what becomes of longer answers; error by default")
     add("--max-new-tokens", type=int)
+    add("--generate", action="append", default=[], metavar="NAME=VALUE", help="of model.generate, as num_beams=4")
     add("--prompt", help="instead of the task's own, as '{question} Answer in one word.'")
     add("--eval-batch-size", type=int, default=32)
     add("--dtype", choices=["float32", "bfloat16", "float16"])

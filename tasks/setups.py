@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -39,6 +39,7 @@ class Options:
     device: str
     dtype: torch.dtype
     max_length: int | None = None
+    overflow: Literal["error", "cut"] = "error"
     prompt: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,7 +98,10 @@ class GenerateSetup(Setup):
         self.prompt = task.prompt if options.prompt is None else options.prompt
         self.model = loader.from_pretrained(name, dtype=options.dtype).to(options.device).eval()
         self.collator = Collator(
-            processor, max_length=options.max_length, overflow="cut", prompt_format=task.prompt_format
+            processor,
+            max_length=options.max_length,
+            overflow=options.overflow,
+            prompt_format=task.prompt_format,
         )
 
     def examples(self, rows: Any, *, training: bool) -> Examples:

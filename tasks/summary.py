@@ -49,6 +49,7 @@ def write_summary(run: Run, path: Path) -> None:
         data=[DataPart(name, part["num_rows"], part["sha256"]) for name, part in data["data"].items()],
         seeds=settings["seeds"] if chosen else (),
         num_trained={} if not trials else trials[0]["num_trained"],
+        num_weights=data.get("base", {}).get("num_weights"),
         seconds=sum(trial["seconds"] for trial in trials) if trials else None,
         peak_memory=max((trial["peak_memory"]["bytes"] for trial in trials), default=None),
         device=settings["device"],

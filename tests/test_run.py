@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import official_captions
 import official_text
 import official_vqa
 import pytest
+from PIL import Image
 
+import vlreft
+from tasks import bootstrap
 from tasks import run as command
 from tasks.manifest import Manifest
 from tasks.table import TASKS
@@ -246,6 +250,61 @@ def test_an_adapter_and_a_base_are_tested_without_training(tmp_path):
     assert tested["trials"] == base["trials"] == []
 
 
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def compared(capsys, *folders):
+    capsys.readouterr()
+    bootstrap.main([str(folder) for folder in folders])
+    return capsys.readouterr().out
+
+
+def test_runs_are_compared_on_what_they_answered(tmp_path, capsys):
+    options = make("demo_code", tmp_path)
+    for name, rate in (("good", "3e-2"), ("poor", "1e-6")):
+        start("demo_code", options, tmp_path / name, "--lr", rate, "--epochs", "6", "--max-steps", "-1", *options)
+    scores = {name: score_of(tmp_path / name) for name in ("good", "poor")}
+    assert scores["good"] > scores["poor"]
+    shown = compared(capsys, tmp_path / "good", tmp_path / "poor")
+    assert f"{100 * (scores['good'] - scores['poor']):+.2f}" in shown
+    assert "10,000 resamples of 40 rows" in shown
+    assert "its base" in compared(capsys, tmp_path / "good")
+
+
+def score_of(folder):
+    return json.loads((folder / "manifest.json").read_text())["test"]["scores"]["test"]["adapters"][0]["value"]
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    options = make("demo_code", tmp_path)
+    start("demo_code", options, tmp_path / "a")
+    start("demo_code", options, tmp_path / "b", "--num-test", "20")
+    start("demo_lm_code", options, tmp_path / "c")
+    for folders, message in (
+        ([tmp_path / "a", tmp_path / "b"], "answered other rows of 'test'"),
+        ([tmp_path / "a", tmp_path / "c"], "are runs of different tasks"),
+        ([tmp_path / "nowhere"], "has no manifest.json"),
+    ):
+        with pytest.raises(SystemExit):
+            bootstrap.main([str(folder) for folder in folders])
+        assert message in capsys.readouterr().err
+
+
+def test_beams_answer_as_well(tmp_path):
+    data = start("demo_code", make("demo_code", tmp_path), tmp_path / "run", "--generate", "num_beams=2")
+    assert data["settings"]["generation"] == {"max_new_tokens": 4, "num_beams": 2}
+
+
+def test_a_recipe_gives_all_settings(tmp_path):
+    data = start("commonsense", make("commonsense", tmp_path), tmp_path / "run", "--recipe", "loreft-commonsense")
+    recipe, settings = vlreft.recipe("loreft-commonsense"), data["settings"]
+    assert settings["config"] == json.loads(recipe.config.to_json())
+    assert settings["lrs"] == [recipe.training["learning_rate"]]
+    assert settings["max_length"] == recipe.collator["max_length"]
+    assert settings["training"]["gradient_accumulation_steps"] == recipe.training["gradient_accumulation_steps"]
+    assert len(data["selection"]["adapters"]) == len(settings["seeds"]) == max(1, len(recipe.seeds))
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +320,7 @@ def test_faults_of_the_command_are_told_in_one_line(tmp_path, capsys):
     assert "there is no task 'nonsense'; there are" in refused(capsys, "nonsense")
     assert "has the tests ['val'], not ['dev']" in refused(capsys, "vqav2", *options, *output, "--tests", "dev")
     assert "`num_dev` (=24) must be at least 1" in refused(capsys, "vqav2", *options, *output, "--num-dev", "24")
-    assert "`--set` (='x') must be NAME=VALUE" in refused(capsys, "vqav2", *options, *output, "--set", "x")
+    assert "'x' must be NAME=VALUE" in refused(capsys, "vqav2", *options, *output, "--set", "x")
     assert "unexpected keyword argument 'x'" in refused(capsys, "vqav2", *options, *output, "--set", "x=1")
     assert "the model 'nowhere' cannot be loaded" in refused(capsys, "vqav2", *options, *output, "--model", "nowhere")
     assert not (tmp_path / "run").exists()  # the right command is not held up by the wrong ones
@@ -309,6 +368,22 @@ def test_a_broken_picture_is_named_and_costs_nothing_that_was_written(tmp_path, 
     ended = start("vqav2", options, output)
     assert "finished" in ended["test"]["openings"][0]
     assert adapter.read_bytes() == before
+
+
+def test_an_answer_beyond_the_limit_is_refused_or_cut(tmp_path, capsys):
+    options = ["--num-train", "24", "--num-dev", "8", "--num-test", "8", "--max-length", "75"]
+    message = refused(capsys, "demo_short", *options, "--output", str(tmp_path / "run"))
+    assert re.search(r"sample '\d+' .* more than `max_length` \(=75\)", message)
+    data = start("demo_short", options, tmp_path / "cut", "--overflow", "cut")
+    assert data["settings"]["overflow"] == "cut"
+
+
+def test_a_picture_too_large_to_be_meant_is_refused(tmp_path, capsys, monkeypatch):
+    options = make("vqav2", tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)  # Pillow raises beyond twice as many
+    message = refused(capsys, "vqav2", *options, "--output", str(tmp_path / "run"))
+    assert "decompression bomb" in message
+    assert "has an image that cannot be read" in message
 
 
 def test_data_that_changed_since_a_run_began_are_refused(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """`Setup`: a frozen base for one kind of task: which of its classes is loaded, how rows are learnt, how answered."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -126,8 +126,7 @@ class SequenceSetup(Setup):
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(options.device).eval()
-        # Whatever had no weights in the checkpoint is random, so it has to be trained: the head.
-        self.heads = tuple(sorted({key.split(".")[0] for key in info["missing_keys"]}))
+        self.heads = untrained_modules(model, info["missing_keys"])
         self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def examples(self, rows: Any, *, training: bool) -> Examples:
@@ -222,6 +221,16 @@ def _answer_at_once(answer: Callable[[], list[Any]], rows: Any, file: AnswerFile
     found = answer()
     file.append(names, found, list(texts_of(rows)))
     return found
+
+
+def untrained_modules(model: nn.Module, missing: Collection[str]) -> tuple[str, ...]:
+    """Return the largest modules whose every weight the checkpoint lacked: they are random, so they must be trained."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        weights = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        if name and weights and set(weights) <= set(missing) and not any(name.startswith(f"{top}.") for top in found):
+            found.append(name)
+    return tuple(found)
 
 
 def load_setup(task: Task, name: str, options: Options, rows: Any) -> Setup:

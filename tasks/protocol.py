@@ -162,7 +162,7 @@ class Run:
             "seed": seed,
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
-            "save_total_limit": 1,
+            "save_total_limit": 2,  # the best and the last; with 1 the end of the training takes the last away
             "load_best_model_at_end": True,
             "metric_for_best_model": "score",
             "greater_is_better": True,

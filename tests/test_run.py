@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import official_captions
 import official_text
 import official_vqa
@@ -22,6 +23,7 @@ from tasks import run as command
 from tasks.manifest import Manifest
 from tasks.table import TASKS
 from tasks.task import Task
+from tasks.training import TaskTrainer
 from vlreft.answers import read_answers
 
 FOLDERS = official_vqa.FOLDERS | official_captions.FOLDERS | official_text.FOLDERS
@@ -85,6 +87,34 @@ def test_a_task_runs_end_to_end(name, tmp_path):
     assert not (output / "trials" / trial["name"] / "checkpoints").exists()
 
 
+def test_a_task_of_the_hub_runs_end_to_end(tmp_path, monkeypatch):
+    """With a data set as the hub has it, pictures inside; nothing is downloaded here."""
+    (tmp_path / "files").mkdir()
+    FOLDERS["textvqa"](tmp_path / "files")
+    read, asked = TASKS["textvqa"], []
+
+    def on_the_hub(name, config, split):
+        asked.append((name, config, split))
+        rows = list(read.load({"train": "train", "validation": "val"}[split], tmp_path / "files"))
+        columns = {
+            "question_id": [int(row["id"]) for row in rows],
+            "image": [{"bytes": Path(row["image"]["path"]).read_bytes(), "path": None} for row in rows],
+            "question": [row["question"] for row in rows],
+            "answers": [row["references"] for row in rows],
+        }
+        data = datasets.Dataset.from_dict(columns)
+        return data.cast_column("image", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", on_the_hub)
+    hub = start("textvqa", ["--num-dev", "4"], tmp_path / "hub")
+    files = start("textvqa", ["--num-dev", "4", "--data", str(tmp_path / "files")], tmp_path / "run")
+    assert {(name, split) for name, _, split in asked} == {(read.hub.name, "train"), (read.hub.name, "validation")}
+    assert hub["data"]["val"]["num_rows"] == files["data"]["val"]["num_rows"]
+    assert hub["test"]["scores"]["val"]["base"]["value"] == files["test"]["scores"]["val"]["base"]["value"]
+    base = [(tmp_path / name / "test/val/base.jsonl").read_bytes() for name in ("hub", "run")]
+    assert base[0] == base[1]
+
+
 # The same again ------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +176,25 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     assert [t["adapter_sha256"] for t in ended["trials"]] == [t["adapter_sha256"] for t in whole["trials"]]
     assert ended["test"]["scores"] == whole["test"]["scores"]
     assert len(ended["test"]["openings"]) == 1
+
+
+def test_a_run_that_died_after_its_training_trains_no_more(tmp_path, monkeypatch):
+    options = make("vqav2", tmp_path)
+    whole = start("vqav2", options, tmp_path / "whole", "--epochs", "2", "--max-steps", "-1")
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "add_trial", dies)
+        with pytest.raises(KeyboardInterrupt):
+            start("vqav2", options, tmp_path / "cut", "--epochs", "2", "--max-steps", "-1")
+    steps = []
+    monkeypatch.setattr(TaskTrainer, "training_step", lambda *_, **__: steps.append(1))
+    ended = start("vqav2", options, tmp_path / "cut", "--epochs", "2", "--max-steps", "-1")
+    assert steps == []
+    assert [t["adapter_sha256"] for t in ended["trials"]] == [t["adapter_sha256"] for t in whole["trials"]]
+    assert [t["dev"] for t in ended["trials"]] == [t["dev"] for t in whole["trials"]]
 
 
 # The sealed test -----------------------------------------------------------------------------------------------------

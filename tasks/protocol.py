@@ -64,6 +64,14 @@ class Settings:
     device: str = "cpu"
     eval_batch_size: int = 32
 
+    def __post_init__(self) -> None:
+        """Refuse counts that leave nothing to do, and no learning rate or seed."""
+        for name in ("shots", "num_train", "num_dev", "num_test", "max_length", "eval_batch_size"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"`{name}` (={count}) must be at least 1.")
+        if not self.lrs or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`lrs` (={self.lrs}) and `seeds` (={self.seeds}) must have an entry, seeds none twice.")
+
 
 class Run:
     """One run in one folder; the same call goes on where an interrupted one stopped. Raises: ValueError."""
@@ -108,7 +116,7 @@ class Run:
         parts, settings = self.source.parts, self.settings
         assert parts.train is not None
         folder = self.data if settings.train_data is None else Path(settings.train_data)
-        num_dev = settings.num_dev or parts.num_dev
+        num_dev = parts.num_dev if settings.num_dev is None else settings.num_dev
         train = self.source.load(parts.train, folder)
         if parts.dev is not None:
             dev = self.source.load(parts.dev, folder)

@@ -368,6 +368,8 @@ def test_faults_of_the_command_are_told_in_one_line(tmp_path, capsys):
     options, output = make("vqav2", tmp_path), ["--output", str(tmp_path / "run")]
     assert "there is no task 'nonsense'; there are" in refused(capsys, "nonsense")
     assert "has the tests ['val'], not ['dev']" in refused(capsys, "vqav2", *options, *output, "--tests", "dev")
+    assert "`num_dev` (=0) must be at least 1" in refused(capsys, "vqav2", *options, *output, "--num-dev", "0")
+    assert "seeds none twice" in refused(capsys, "vqav2", *options, *output, "--seeds", "1", "1")
     assert "`num_dev` (=24) must be at least 1" in refused(capsys, "vqav2", *options, *output, "--num-dev", "24")
     assert "'x' must be NAME=VALUE" in refused(capsys, "vqav2", *options, *output, "--set", "x")
     assert "unexpected keyword argument 'x'" in refused(capsys, "vqav2", *options, *output, "--set", "x=1")

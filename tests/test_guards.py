@@ -31,6 +31,12 @@ ARROWS = {
     "data": {"samples"},
     "files": set(),
     "answers": set(),
+    "stores": set(),
+    "caches": set(),
+    "rows": {"prefix"},
+    "questions": {"caches", "data", "hooks", "layout", "prefix", "reft", "rows", "streams"},
+    "pieces": {"stores"},
+    "features": {"hooks", "pieces", "reft", "sites", "stacks", "stores"},
     "published": {"config"},
     "recipes": {"config", "published"},
     "datasets": {"files"},
@@ -61,11 +67,11 @@ ARROWS = {
     "prefix": {"layout", "reft", "selects", "streams"},
     "trainer": {"answers", "contrast", "data", "layout", "prefix", "reft"},
     "contrast": {"samples"},
-    "__init__": {"config", "contrast", "data", "description", "recipes", "reft", "trainer"},
+    "__init__": {"config", "contrast", "data", "description", "features", "questions", "recipes", "reft", "trainer"},
 }
 
 PUBLIC = {
-    *("ClassCollator", "Collator", "Intervention", "PairCollator", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
+    *("ClassCollator", "Collator", "FeatureCache", "Intervention", "PairCollator", "Questions", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
     *("attach", "contrastive_loss", "describe", "load", "recipe", "zero_shot"),
 }
 

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from vlreft.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
     from vlreft.data import Collator
     from vlreft.description import describe
+    from vlreft.features import FeatureCache
+    from vlreft.questions import Questions
     from vlreft.recipes import recipe
     from vlreft.reft import Reft, attach, load
     from vlreft.trainer import ReftMixin, ReftTrainer
@@ -14,8 +16,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ClassCollator",
     "Collator",
+    "FeatureCache",
     "Intervention",
     "PairCollator",
+    "Questions",
     "Reft",
     "ReftConfig",
     "ReftMixin",
@@ -43,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from vlreft import data as home
     elif name == "describe":
         from vlreft import description as home
+    elif name == "FeatureCache":
+        from vlreft import features as home
+    elif name == "Questions":
+        from vlreft import questions as home
     elif name == "recipe":
         from vlreft import recipes as home
     else:

@@ -64,14 +64,28 @@ ARROWS = {
     "empty": {"stacks"},
     "description": {"components", "config", "empty", "plan", "reft", "sites"},
     "describe": {"description"},
-    "prefix": {"layout", "reft", "selects", "streams"},
-    "trainer": {"answers", "contrast", "data", "layout", "prefix", "reft"},
+    "grouping": set(),
+    "cuts": {"pieces"},
+    "kept": {"pieces", "stores"},
+    "prefix": {"cuts", "kept", "layout", "pieces", "reft", "selects", "streams"},
+    "trainer": {"answers", "contrast", "data", "grouping", "kept", "layout", "prefix", "reft"},
     "contrast": {"samples"},
     "__init__": {"config", "contrast", "data", "description", "features", "questions", "recipes", "reft", "trainer"},
 }
 
 PUBLIC = {
-    *("ClassCollator", "Collator", "FeatureCache", "Intervention", "PairCollator", "Questions", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
+    *(
+        "ClassCollator",
+        "Collator",
+        "FeatureCache",
+        "Intervention",
+        "PairCollator",
+        "Questions",
+        "Reft",
+        "ReftConfig",
+        "ReftMixin",
+        "ReftTrainer",
+    ),
     *("attach", "contrastive_loss", "describe", "load", "recipe", "zero_shot"),
 }
 

@@ -1,16 +1,21 @@
 """Reusing the untouched prefix changes the cost of a training step and nothing else."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
-from family import SAMPLES, TEXT_ONLY
+import transformers
+from families_packed import ROWS as PACKED
+from families_rows import GEMMA, GEMMA_IDS, GEMMAS, SIGLIP, _text, _tiny
+from family import IMAGE, SAMPLES, TEXT_ONLY, Sample
 from processors import tiny_llava_model, tiny_llava_processor, tiny_paligemma_model, tiny_paligemma_processor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainingArguments
 from zoo import FAMILIES, intervention, shake
 
 import vlreft
+from vlreft.kept import KeptPrefixes
 from vlreft.prefix import PrefixReuse
 
 TOLERANCE = 1e-6  # relative; transformers takes the loss in float32 whatever the model's precision
@@ -101,17 +106,38 @@ def test_attention_that_looks_ahead_is_found_out():
 
 def test_checkpointing_and_late_images_take_the_plain_step(attached):
     family = FAMILIES["llava"]
-    model, reft = attached(family, intervention("loreft", positions="prompt:l1"))
-    mixed = family.batch(SAMPLES)  # the text-only row ends before the others' images
-    with pytest.raises(ValueError, match="an image stands behind column"), PrefixReuse(reft, required=True).cut(mixed):
-        pass
-    model.train().activation_checkpointing_enable()
+    model, reft = attached(family, intervention("loreft", positions="prompt:[1:2]"))
+    batch = family.batch([SAMPLES[0]] * 2)
     with (
-        pytest.raises(ValueError, match="checkpointing"),
-        PrefixReuse(reft, required=True).cut(family.batch([SAMPLES[0]])),
+        pytest.raises(ValueError, match="an image stands behind column 1"),
+        PrefixReuse(reft, required=True).cut(batch),
     ):
         pass
+    with PrefixReuse(reft, required=False).cut(batch) as rest:
+        assert rest == batch
+    model.train().activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="checkpointing"), PrefixReuse(reft, required=True).cut(batch):
+        pass
     model.activation_checkpointing_disable()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("cohere_compass", "gives no cache back"), ("qwen3_5", "modified by an inplace operation")]
+)
+def test_models_that_run_from_a_cache_only_without_training(name, reason, monkeypatch):
+    """One drops its cache in training, the other writes into states that the backward pass needs."""
+    family = next(row for row in PACKED if row.name == name)
+    model = family.build().train()
+    reft = shake(vlreft.attach(model, vlreft.ReftConfig(intervention("loreft", positions="question:l2"))))
+    batch = family.batch([SAMPLES[0]])
+    with pytest.raises(ValueError, match=reason), PrefixReuse(reft, required=True).cut(batch):
+        pass
+    plain = gradients(reft, model(**batch).loss)
+    monkeypatch.setattr("vlreft.prefix.WORTHWHILE", 1)
+    careful = PrefixReuse(reft, required=False)
+    with careful.cut(batch) as rest:
+        assert rest == batch
+        assert all(a.equal(b) for a, b in zip(gradients(reft, model(**rest).loss), plain, strict=True))
 
 
 def test_batches_with_and_without_images_are_tried_apart(attached):
@@ -124,6 +150,82 @@ def test_batches_with_and_without_images_are_tried_apart(attached):
             model(**rest).loss.backward()
     assert len(reuse.tried) == 2
     model.zero_grad(set_to_none=True)
+
+
+# Rows that share a prefix, and prefixes that are kept -----------------------------------------------------------------
+
+ABOUT_ONE_PICTURE = (
+    SAMPLES[0],
+    Sample((5, 8, IMAGE, 13, 12, 16), (22,)),
+    Sample((5, 8, IMAGE, 11, 17, 12, 18, 19), (20, 21, 23)),
+)
+TWO_PICTURES = (SAMPLES[0], Sample((6, 17, IMAGE, 18, 9), (22, 23, 24)), ABOUT_ONE_PICTURE[1])
+OTHER_WORDS = (SAMPLES[1], SAMPLES[1], Sample((5, 11, 12, 13, 14, 15), (20, 21)))
+# What is in a batch, how many different prefixes that is, and which families read it.
+BATCHES = {
+    "one picture": (ABOUT_ONE_PICTURE, 1),
+    "two pictures": (TWO_PICTURES, 2),
+    "with and without": (SAMPLES, 3),
+    "text": (OTHER_WORDS, 2),
+}
+
+
+def _gemma3():
+    """Gemma 3 with a window of six tokens: it forgets the beginning of each prefix."""
+    text = {**GEMMA, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return _tiny(
+        transformers.Gemma3ForConditionalGeneration,
+        transformers.Gemma3Config,
+        text_config=_text("gemma3_text", **text),
+        vision_config=SIGLIP,
+        mm_tokens_per_image=4,
+        **GEMMA_IDS,
+    )()
+
+
+GEMMA3 = replace(next(row for row in GEMMAS if row.name == "gemma3"), build=_gemma3)
+SHARING = [FAMILIES[name] for name in ("llama", "gpt2", "llava", "qwen2_5_vl")] + [GEMMA3]
+
+
+@pytest.fixture(scope="module")
+def gemma3():
+    return _gemma3()
+
+
+@pytest.mark.parametrize("kept", [None, "1GB"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("family", "content"),
+    [
+        pytest.param(family, content, id=f"{family}-{content}")
+        for family in SHARING
+        for content in BATCHES
+        if family.has_image or content == "text"
+    ],
+)
+def test_shared_and_kept_prefixes_give_the_plain_gradients(attached, gemma3, family, content, side, kept):
+    samples, num_different = BATCHES[content]
+    lent = gemma3 if family is GEMMA3 else None
+    model, reft = attached(family, intervention("loreft", positions="question:l2", layers="all"), model=lent)
+    batch = {name: t.double() if t.is_floating_point() else t for name, t in family.batch(samples, side=side).items()}
+    if side == "left" and family.name != "qwen2_5_vl":  # otherwise pads count, and no prefix is where another one is
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    model.double().train()
+    reuse = PrefixReuse(reft, required=True, kept=None if kept is None else KeptPrefixes(kept))
+    try:
+        plain = gradients(reft, model(**batch).loss)
+        with reuse.cut(batch):  # the first one tries
+            pass
+        before = reuse.num_run
+        with reuse.cut(batch) as rest:
+            cut = gradients(reft, model(**rest).loss)
+        assert rest["input_ids"].shape[1] < batch["input_ids"].shape[1]
+        assert reuse.num_run - before == (num_different if kept is None else 0)
+        for ours, theirs in zip(cut, plain, strict=True):
+            assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
+    finally:
+        model.float()
+        model.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("without", ["attention_mask", "labels"])

@@ -17,6 +17,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from vlreft.answers import AnswerFile, answer_all
 from vlreft.contrast import ClassCollator, PairCollator
 from vlreft.data import Collator
+from vlreft.grouping import ImageGroups, image_keys
+from vlreft.kept import KeptPrefixes
 from vlreft.layout import prompt_from_labels, refuse_bad_labels
 from vlreft.prefix import PrefixReuse
 from vlreft.reft import Reft, find_only_reft
@@ -47,7 +49,11 @@ class ReftMixin(_TrainerType):
 
     # Off here: other trainers read the logits of the whole batch. `ReftTrainer` has "auto".
     reuse_prefix: Literal["auto"] | bool = False
+    keep_prefixes: int | str | None = None
+    keep_prefixes_in: str | Path | None = None
+    group_by_image: bool = False
     _reuse: PrefixReuse | None = None
+    _kept: KeptPrefixes | None = None
 
     @property
     def reft(self) -> Reft:
@@ -95,11 +101,42 @@ class ReftMixin(_TrainerType):
             raise ValueError(
                 "`reuse_prefix=True` goes with neither FSDP, DeepSpeed, torch_compile nor `modules_to_save`; use 'auto'"
             )
+        kept = self._kept_prefixes()
+        if forbidden and kept is not None:
+            raise ValueError(
+                "`keep_prefixes` goes with neither FSDP, DeepSpeed, torch_compile nor `modules_to_save`; leave it out"
+            )
         if forbidden or self.reuse_prefix is False:
             return None
         if self._reuse is None:
-            self._reuse = PrefixReuse(self.reft, required=self.reuse_prefix is True)
+            self._reuse = PrefixReuse(self.reft, required=self.reuse_prefix is True, kept=kept)
         return self._reuse
+
+    def _kept_prefixes(self) -> KeptPrefixes | None:
+        """Return the store of prefixes, made once; None if none are kept. Raises ValueError for settings that clash."""
+        if self.keep_prefixes is None:
+            if self.keep_prefixes_in is not None:
+                raise ValueError("`keep_prefixes_in` says where, `keep_prefixes` how much: give it a budget as '20GB'")
+            return None
+        if self.reuse_prefix is False:
+            raise ValueError("`keep_prefixes` keeps what `reuse_prefix` reuses, which is off; set it to 'auto' or True")
+        if self._kept is None:
+            self._kept = KeptPrefixes(self.keep_prefixes, self.keep_prefixes_in)
+        return self._kept
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.group_by_image:
+            return super()._get_train_sampler(train_dataset)
+        strategy = self.args.train_sampling_strategy
+        if strategy != "random":
+            raise ValueError(
+                f"`group_by_image` is an order of its own, as `train_sampling_strategy` (={strategy!r}) is"
+            )
+        # The trainer's own: of the given one, columns that the model does not read may have been taken away.
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ImageGroups(
+            image_keys(self.train_dataset), self._train_batch_size, seed=seed, epoch=lambda: int(self.state.epoch or 0)
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter instead of the model."""
@@ -164,6 +201,11 @@ class ReftTrainer(ReftMixin, Trainer):
     generation: arguments of `model.generate` for it; greedy with 32 new tokens by default.
     reuse_prefix: run the tokens before the first edited one without a graph (same gradients, less time and memory):
         wherever that is exact ("auto"), always (True: an error that says why where it is not), or never (False).
+    keep_prefixes: a budget of host memory, as "2GB", in which these tokens' keys and values are kept over epochs, least
+        recently used first to go, known by the content of text and pictures; what one takes is logged at the first.
+    keep_prefixes_in: a folder to keep them in instead, within that budget, as safetensors files of this run alone.
+    group_by_image: batches hold the questions about one picture together (it runs once for them), pictures in random
+        order; rows have an `image_id`, or the path of their `image`.
     Everything else is `transformers.Trainer`'s.
     """
 
@@ -183,6 +225,9 @@ class ReftTrainer(ReftMixin, Trainer):
         answer_metrics: AnswerMetrics | None = None,
         generation: Mapping[str, Any] | None = None,
         reuse_prefix: Literal["auto"] | bool = "auto",
+        keep_prefixes: int | str | None = None,
+        keep_prefixes_in: str | Path | None = None,
+        group_by_image: bool = False,
     ) -> None:
         """Check that there is something to train, then hand over to `transformers.Trainer`."""
         find_only_reft(model)
@@ -205,6 +250,9 @@ class ReftTrainer(ReftMixin, Trainer):
             self.label_names = ["labels"]  # else read off the model's forward, which knows of no such thing
         self.answer_metrics = answer_metrics
         self.reuse_prefix = reuse_prefix
+        self.keep_prefixes, self.keep_prefixes_in = keep_prefixes, keep_prefixes_in
+        self.group_by_image = group_by_image
+        self._kept_prefixes()  # says now what is wrong with its settings
         self.generation = dict(generation or {"max_new_tokens": 32, "do_sample": False})
 
     def evaluation_loop(

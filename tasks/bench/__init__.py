@@ -1,0 +1,1 @@
+"""A benchmark that others can run: `python -m tasks.bench`."""

@@ -93,7 +93,8 @@ def test_build(method):
     edit = vlreft.Intervention(method, init=start, dropout=0.25, scale=2, **needs).build(16)
     assert type(edit) is INTERVENTIONS[method]
     assert (edit.dropout, edit.scale) == (0.25, 2)
-    assert edit(torch.randn(2, 16)).shape == (2, 16)
+    source = torch.randn(2, 16) if edit.uses_source else None
+    assert edit(torch.randn(2, 16), source_ND=source).shape == (2, 16)
 
 
 LOREFT = {"method": "loreft", "rank": 4}
@@ -193,9 +194,9 @@ def item_of(**changes):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (data_of(format_version=3), r"`format_version` \(=3\) is not 2; it was made by another vlreft"),
-        (data_of(format_version="1"), r"`format_version` \(='1'\) is not 2"),
-        (without(data_of(), "format_version"), r"`format_version` \(=None\) is not 2"),
+        (data_of(format_version=4), r"`format_version` \(=4\) is none of 1 to 3; it was made by another vlreft"),
+        (data_of(format_version="1"), r"`format_version` \(='1'\) is none of 1 to 3"),
+        (without(data_of(), "format_version"), r"`format_version` \(=None\) is none of 1 to 3"),
         (without(data_of(), "modules_to_save"), "needs a list under 'modules_to_save'"),
         (without(data_of(), "interventions"), "needs a list under 'interventions'"),
         (data_of(interventions={}), "needs a list under 'interventions'"),

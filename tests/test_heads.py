@@ -452,7 +452,7 @@ def test_config_json_both_ways():
     assert vlreft.ReftConfig(EDIT, "classifier") != vlreft.ReftConfig(EDIT)
     old = {"format_version": 1, "interventions": []}
     old["interventions"] = [
-        {name: value for name, value in item.items() if name not in ("component", "heads")}
+        {name: value for name, value in item.items() if name not in ("component", "heads", "groups")}
         for item in vlreft.ReftConfig(EDIT).to_dict()["interventions"]
     ]
     assert vlreft.ReftConfig.from_dict(old) == vlreft.ReftConfig(EDIT)
@@ -467,7 +467,7 @@ def test_config_refuses_what_is_no_name(modules):
 
 
 def test_config_refuses_a_name_given_twice():
-    with pytest.raises(ValueError, match=r"`modules_to_save` \(=\['a', 'a'\]\) names a module twice"):
+    with pytest.raises(ValueError, match=r"`modules_to_save` \(=\['a', 'a'\]\) names one twice"):
         vlreft.ReftConfig(EDIT, ["a", "a"])
 
 

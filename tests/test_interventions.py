@@ -8,7 +8,8 @@ import torch
 from tiny import llama
 
 import vlreft
-from vlreft.interventions import ACTIVATIONS, INTERVENTIONS, orthonormal_rows
+from vlreft.edit import ACTIVATIONS, orthonormal_rows
+from vlreft.interventions import INTERVENTIONS
 
 WIDTH, RANK = 24, 3
 
@@ -20,6 +21,15 @@ NUMPY_ACTIVATIONS = {
     "tanh": np.tanh,
 }
 
+
+def length(x):
+    return np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def unit(x):
+    return x / length(x)
+
+
 FORMULAS = {
     "loreft": lambda h, p, act: h + (act(h @ p["weight"].T + p["bias"]) - h @ p["R"].T) @ p["R"],
     "direft": lambda h, p, act: h + act(h @ p["weight"].T + p["bias"]) @ p["R"],
@@ -29,6 +39,7 @@ FORMULAS = {
     "lobireft": lambda h, p, _: h + p["bias"] @ p["R"],
     "red": lambda h, p, _: p["gain"] * h + p["bias"],
     "vector": lambda h, p, _: h + p["vector"],
+    "vti": lambda h, p, _: length(h) * unit(unit(h) + p["vector"]),
 }
 
 SHAPES = {
@@ -40,9 +51,12 @@ SHAPES = {
     "lobireft": {"rotation": (RANK, WIDTH), "bias": (RANK,)},
     "red": {"gain": (WIDTH,), "bias": (WIDTH,)},
     "vector": {"vector": (WIDTH,)},
+    "vti": {"vector": (WIDTH,)},
 }
 
-METHODS = list(INTERVENTIONS)
+# Those that put in a source's states are in test_interchange.py.
+METHODS = [method for method, cls in INTERVENTIONS.items() if not cls.uses_source]
+ADDING = [method for method in METHODS if method != "vti"]  # h plus something of its own length
 ROTATED = [method for method, shapes in SHAPES.items() if "rotation" in shapes]
 WITH_SOURCE = [method for method in METHODS if INTERVENTIONS[method].uses_activation]
 WITH_IDENTITY = [method for method in METHODS if INTERVENTIONS[method].has_identity]
@@ -94,11 +108,24 @@ def test_formula(method, activation, shape):
     torch.testing.assert_close(edit(h), torch.from_numpy(np.asarray(expected)), atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_scale_multiplies_the_edit(method):
+@pytest.mark.parametrize("method", ADDING)
+def test_scale_and_strength_multiply_the_edit(method):
     h = states(4, dtype=torch.float64)
     full, half = make(method), make(method, scale=-0.5)
     torch.testing.assert_close(half(h) - h, -0.5 * (full(h) - h), atol=1e-13, rtol=1e-13)
+    assert torch.equal(full(h, -0.5), half(h))
+    assert torch.equal(full(h, 0.0), h)
+    strength_N1 = torch.tensor([[1.0], [0.0], [-0.5], [2.0]], dtype=torch.float64)
+    torch.testing.assert_close(full(h, strength_N1) - h, strength_N1 * (full(h) - h), atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, -2.0])
+def test_vti_keeps_the_length(scale):
+    edit, h = make("vti", scale=scale), states(50, dtype=torch.float64)
+    torch.testing.assert_close(edit(h).norm(dim=-1), h.norm(dim=-1), atol=1e-12, rtol=1e-12)
+    towards = torch.nn.functional.normalize(h, dim=-1) + scale * edit.vector.double()
+    torch.testing.assert_close(edit(h), h.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(towards, dim=-1))
+    assert torch.equal(edit(torch.zeros(1, WIDTH)), torch.zeros(1, WIDTH))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -159,7 +186,7 @@ def test_reference_start(method):
     if method in ("consreft", "lobireft"):
         assert values["bias"].min() >= 0
         assert values["bias"].max() < 1
-    if method in ("red", "vector"):
+    if method in ("red", "vector", "vti"):
         h = torch.randn(5, width)
         assert torch.equal(edit(h), h)
 
@@ -214,7 +241,7 @@ def test_the_input_is_not_written_to(method):
     assert torch.equal(h, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADDING)
 def test_dropout_touches_the_edit_and_only_in_training(method):
     h = states(200)
     plain = make(method)

@@ -22,8 +22,8 @@ from zoo import FAMILIES, INTERVENTIONS, Spy, intervention, plain_positions, pla
 
 import vlreft
 from vlreft import streams
+from vlreft.edit import orthonormal_rows
 from vlreft.interventions import INTERVENTIONS as LIBRARY_INTERVENTIONS
-from vlreft.interventions import orthonormal_rows
 
 LLAMA, LLAVA, QWEN = FAMILIES["llama"], FAMILIES["llava"], FAMILIES["qwen2_5_vl"]
 ROTATED = ("loreft", "direft", "consreft", "lobireft")

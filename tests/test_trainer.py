@@ -19,7 +19,7 @@ from recording import places, recorded
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, pipeline
 
 import vlreft
-from vlreft.interventions import orthonormal_rows
+from vlreft.edit import orthonormal_rows
 
 COLOURS = ("red", "green", "blue")
 ANSWERS = ("yes", "no, it is not", "a {colour} circle and a blue square")  # of different lengths, on purpose

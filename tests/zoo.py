@@ -2,6 +2,7 @@
 
 Each table takes rows and nothing else: a new family is a `Family` in `FAMILIES`, a new intervention a line in
 `INTERVENTIONS`, a new select a line in `SELECTS`. `test_laws.py` says so when a row of the library has none here.
+Interventions that put in a source's states have laws of their own, in `test_interchange.py`.
 
 Models are made on the spot from a config, with random weights loud enough for an edit to be heard in the logits. All
 families read the same `SAMPLES`; `batch` writes them down as a family wants them.
@@ -195,6 +196,10 @@ def _plain_lobireft(h: Tensor, p: Mapping[str, Tensor]) -> Tensor:
     return h + p["bias"] @ plain_rotation(p["rotation"])
 
 
+def _length(h: Tensor) -> Tensor:
+    return h.norm(dim=-1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row: a method's config fields, what it computes in plain words, and whether it can start as the identity."""
@@ -213,6 +218,7 @@ INTERVENTIONS: dict[str, Method] = {
     "lobireft": Method(_plain_lobireft, {"rank": 3}),
     "red": Method(lambda h, p: p["gain"] * h + p["bias"]),
     "vector": Method(lambda h, p: h + p["vector"]),
+    "vti": Method(lambda h, p: _length(h) * F.normalize(F.normalize(h, dim=-1) + p["vector"], dim=-1)),
 }
 IDENTITIES = [name for name, method in INTERVENTIONS.items() if method.has_identity]
 

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vlreft.components import COMPONENTS
-from vlreft.interventions import ACTIVATIONS, INTERVENTIONS, Edit
+from vlreft.edit import ACTIVATIONS, Edit
+from vlreft.interventions import INTERVENTIONS
 from vlreft.positions import Positions, parse_positions
 
 INITS = ("identity", "reference")
-# 2 added `component`, `heads` and `modules_to_save`; files of version 1 are read, what they lack has its default.
-FORMAT_VERSION = 2
-SINCE_VERSION_2 = frozenset({"component", "heads"})
+# 2 added `component`, `heads` and `modules_to_save`, 3 `groups`; older files are read, what they lack has its default.
+FORMAT_VERSION = 3
+SINCE_VERSION = {2: frozenset({"component", "heads"}), 3: frozenset({"groups"})}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Intervention:
     """One kind of edit, at one site, on some layers and positions.
 
     method: a row of `vlreft.interventions.INTERVENTIONS`: "loreft", "direft", "noreft", "nodireft", "consreft",
-        "lobireft", "red" or "vector".
+        "lobireft", "red"; "vector" and "vti", which `vlreft.steer` can find without training; and "interchange", "das"
+        and "boundless_das", which act inside `reft.sources(...)`.
     site: "text" (the language model's blocks, the decoder's where there are two stacks), "text_encoder", "vision" (the
         tower's), "connector" (the projected image features as they enter the language model), or a module's path.
     layers: "all", a number, or several (a list, a range); counted from 0, negative ones from the end. "all" leaves out
@@ -36,6 +38,8 @@ class Intervention:
     activation: "relu", "gelu", "silu" or "tanh" on `Wh + b`; methods with a source `Wh + b` only.
     dropout: probability, on the edit (never on the residual stream), in training only.
     scale: strength of the edit; 1 is the formula as written.
+    groups: names of equal shares of the rank, that `reft.groups(...)` lets act, and train, apart; their subspaces are
+        orthogonal. Low-rank methods only.
 
     Raises ValueError or TypeError, naming the field, the value and the remedy.
     """
@@ -52,6 +56,7 @@ class Intervention:
     activation: str | None = None
     dropout: float = 0.0
     scale: float = 1.0
+    groups: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Validate each field and normalise `layers` to "all" or a tuple."""
@@ -91,7 +96,13 @@ class Intervention:
     def build(self, width: int) -> Edit:
         """Make one fresh intervention module for a site of hidden width `width`."""
         return INTERVENTIONS[self.method](
-            width, self.rank, init=self.init, activation=self.activation, dropout=self.dropout, scale=self.scale
+            width,
+            self.rank,
+            init=self.init,
+            activation=self.activation,
+            dropout=self.dropout,
+            scale=self.scale,
+            groups=tuple(self.groups),
         )
 
     def _check_method(self) -> None:
@@ -104,6 +115,12 @@ class Intervention:
             raise TypeError(f"`rank` must be a whole number, got {self.rank!r}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"`rank` (={self.rank}) must be at least 1")
+        object.__setattr__(self, "groups", _names("groups", self.groups))
+        if self.groups and (self.rank is None or self.rank % len(self.groups)):
+            raise ValueError(
+                f"`groups` (={list(self.groups)}) share `rank` (={self.rank}) equally: give a low-rank method a rank "
+                f"that is a multiple of {len(self.groups)}"
+            )
         if self.activation is not None and not method.uses_activation:
             raise ValueError(f"method '{self.method}' has no source to put `activation` (='{self.activation}') on")
         if self.init == "identity" and not method.has_identity:
@@ -140,7 +157,7 @@ class ReftConfig:
         if not several:
             raise ValueError("ReftConfig needs at least one vlreft.Intervention")
         object.__setattr__(self, "interventions", several)
-        object.__setattr__(self, "modules_to_save", _module_names(modules_to_save))
+        object.__setattr__(self, "modules_to_save", _names("modules_to_save", modules_to_save))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -160,14 +177,17 @@ class ReftConfig:
         if not isinstance(data, Mapping) or not isinstance(data.get("interventions"), list):
             raise ValueError("a ReftConfig needs a list under 'interventions'")
         version = data.get("format_version")
-        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
-            raise ValueError(f"`format_version` (={version!r}) is not {FORMAT_VERSION}; it was made by another vlreft")
-        keys = {"format_version", "interventions"} | ({"modules_to_save"} if version == FORMAT_VERSION else set())
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` (={version!r}) is none of 1 to {FORMAT_VERSION}; it was made by another vlreft"
+            )
+        keys = {"format_version", "interventions"} | ({"modules_to_save"} if version > 1 else set())
         if surplus := sorted(set(data) - keys):
             raise ValueError(f"a ReftConfig has no keys {surplus}")
         if not isinstance(modules := data.get("modules_to_save", [] if version == 1 else None), list):
             raise ValueError("a ReftConfig needs a list under 'modules_to_save'")
-        known = {field.name for field in fields(Intervention)} - (SINCE_VERSION_2 if version == 1 else set())
+        later = {name for since, names in SINCE_VERSION.items() if since > version for name in names}
+        known = {field.name for field in fields(Intervention)} - later
         items = []
         for number, item in enumerate(data["interventions"]):
             if not isinstance(item, Mapping) or set(item) != known:
@@ -180,13 +200,14 @@ class ReftConfig:
         return cls(items, modules)
 
 
-def _module_names(given: object) -> tuple[str, ...]:
+def _names(field: str, given: object) -> tuple[str, ...]:
     several = (given,) if isinstance(given, str) else given
     names = tuple(several) if isinstance(several, Iterable) else ()
     if not isinstance(several, Iterable) or any(not isinstance(name, str) or not name for name in names):
-        raise TypeError(f"`modules_to_save` must be names or paths of modules, e.g. ['classifier'], got {given!r}")
+        example = {"modules_to_save": "names or paths of modules, e.g. ['classifier']"}.get(field, "names")
+        raise TypeError(f"`{field}` must be {example}, got {given!r}")
     if len(set(names)) != len(names):
-        raise ValueError(f"`modules_to_save` (={list(names)}) names a module twice")
+        raise ValueError(f"`{field}` (={list(names)}) names one twice")
     return names
 
 

@@ -364,7 +364,7 @@ class Runtime:
         if not idle:
             return None
         zeros = [parameter.sum() * 0.0 for placed in idle for parameter in placed.edit.parameters()]
-        return add_to_first(output, torch.stack([zero.to(zeros[0]) for zero in zeros]).sum())
+        return add_to_first(output, torch.stack([zero.to(zeros[0]) for zero in zeros]).sum()) if zeros else None
 
     # Editing ---------------------------------------------------------------------------------------------------
 
@@ -398,8 +398,8 @@ class Runtime:
         if site.sequence_first:
             h = h.transpose(0, 1)
         for placed in acting:
-            selection = self._select(site, placed, h)
-            h = h if selection is None else placed.apply(h, selection)
+            selection = self._select(site, placed.selecting, h)
+            h = h if selection is None else placed.act(h, selection)
         h = h.transpose(0, 1) if site.sequence_first else h
         return h if h.shape == shape else h.reshape(shape)
 

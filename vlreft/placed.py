@@ -1,22 +1,67 @@
 """`Placed`: one intervention at one block, and how it edits the positions selected for it.
 
-Shape suffixes: B = rows, T = tokens of a forward, P = selected slots, D = width, H and W = rows and columns.
+Shape suffixes: B = rows, T = tokens of a forward, P = selected slots, D = width, H and W = rows and columns, K = most
+selected tokens of a row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlreft.interventions import Edit
+from vlreft.edit import Edit
 from vlreft.positions import Positions, Selection
+
+Strength = float | Tensor  # a number for all rows, or a tensor_B of one for each
 
 
 @dataclass(eq=False)
 class Switch:
-    """Whether one adapter acts."""
+    """Whether and how one adapter acts in the forwards of now.
+
+    groups: the strengths of those that act, None for all at 1. sources: what interchange interventions put in.
+    reads: while not None, nothing is edited and the selected states are put there; of other positions if there are
+    `read_positions`. records: while not None, each edit is put there.
+    """
 
     on: bool = True
+    strength: Strength = 1.0
+    groups: Mapping[str, Strength] | None = None
+    sources: "dict[Placed, States] | None" = None
+    reads: "dict[Placed, States] | None" = None
+    read_positions: Positions | None = None
+    records: "list[tuple[Placed, Change]] | None" = None
+
+
+class States(NamedTuple):
+    """The selected states of each row, first ones first: states_BKD, and valid_BK, False behind a row's last one."""
+
+    states_BKD: Tensor
+    valid_BK: Tensor
+
+
+class Change(NamedTuple):
+    """What an edit did: which tokens it edited, by how much, and how long their states had been."""
+
+    mask_BT: Tensor
+    norm_BT: Tensor
+    length_BT: Tensor
+
+
+class Where(NamedTuple):
+    """The place of an intervention: its number in the config, and its module."""
+
+    number: int
+    site: str
+    layer: int
+    component: str
+
+    def __str__(self) -> str:
+        """Name the module."""
+        component = "" if self.component == "output" else f" {self.component}"
+        return f"site '{self.site}' layer {self.layer}{component}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +76,15 @@ class Placed:
     edit: Edit
     positions: Positions
     part: int | None
+    where: Where
     span: tuple[int, int] | None = None
+
+    @property
+    def selecting(self) -> "Placed":
+        """What says which tokens are selected: this one, or while it reads, one with the positions to read."""
+        if self.switch.reads is None or self.switch.read_positions is None:
+            return self
+        return replace(self, positions=self.switch.read_positions)
 
     @property
     def num_slots(self) -> int | None:
@@ -49,6 +102,22 @@ class Placed:
             joined = joined | mask
         return joined
 
+    def act(self, h: Tensor, selection: Selection) -> Tensor:
+        """Return `h` edited; or, while its adapter is read, take the selected states down and leave `h` as it is."""
+        switch = self.switch
+        if switch.reads is None and switch.records is None:
+            return self.apply(h, selection)
+        seen_BTD = self._seen(h)
+        if switch.reads is not None:
+            switch.reads[self] = states_at(seen_BTD, selection)
+            return h
+        edited = self.apply(h, selection)
+        if switch.records is not None:
+            norm_BT = (self._seen(edited).float() - seen_BTD.float()).norm(dim=-1)
+            change = Change(selection.mask_BT, norm_BT, seen_BTD.float().norm(dim=-1))
+            switch.records.append((self, Change(*(tensor.detach().clone() for tensor in change))))
+        return edited
+
     def apply(self, h: Tensor, selection: Selection) -> Tensor:
         """Return `h` with the selected positions edited; never writes into `h`.
 
@@ -56,21 +125,87 @@ class Placed:
         Unselected states are kept from the edit: they may hold anything, even NaN at pads, and a NaN would reach the
         gradients through a product with zero.
         """
-        if h.dim() == 2:
-            return self.apply(h[None], selection)[0]
-        if h.dim() == 4:
-            return self.apply(h.flatten(1, 2), selection).reshape(h.shape)
+        if h.dim() != 3:
+            return self.apply(as_rows(h), selection).reshape(h.shape)
         if self.span is not None:
             start, stop = self.span
             return torch.cat([h[..., :start], self._apply(h[..., start:stop], selection), h[..., stop:]], -1)
         return self._apply(h, selection)
 
+    def _seen(self, h: Tensor) -> Tensor:
+        h_BTD = as_rows(h)
+        return h_BTD if self.span is None else h_BTD[..., self.span[0] : self.span[1]]
+
     def _apply(self, h: Tensor, selection: Selection) -> Tensor:
+        switch = self.switch
+        strength = self._for_rows(switch.strength, h, selection)
+        groups = switch.groups
+        if groups is not None:
+            groups = {name: self._for_rows(of_group, h, selection) for name, of_group in groups.items()}
+        source_BTD = self._source(h, selection) if self.edit.uses_source else None
         if selection.index_BP is None or selection.valid_BP is None:
             chosen_BT1 = selection.mask_BT[:, :, None]
-            return torch.where(chosen_BT1, self.edit(torch.where(chosen_BT1, h, 0.0)), h)
+            edited_BTD = self.edit(torch.where(chosen_BT1, h, 0.0), strength, source_BTD, groups)
+            return torch.where(chosen_BT1, edited_BTD, h)
         index_BPD = selection.index_BP[:, :, None].expand(-1, -1, h.shape[2])
         valid_BP1 = selection.valid_BP[:, :, None]
         h_BPD = h.gather(1, index_BPD)
-        edited_BPD = torch.where(valid_BP1, self.edit(torch.where(valid_BP1, h_BPD, 0.0)), h_BPD)
+        source_BPD = None if source_BTD is None else source_BTD.gather(1, index_BPD)
+        seen_BPD = torch.where(valid_BP1, h_BPD, 0.0)
+        edited_BPD = torch.where(valid_BP1, self.edit(seen_BPD, strength, source_BPD, groups), h_BPD)
         return h.scatter(1, index_BPD, edited_BPD)
+
+    def _for_rows(self, strength: Strength, h_BTD: Tensor, selection: Selection) -> Strength:
+        """Return a strength that broadcasts over `h_BTD`. Raises ValueError for another number of rows."""
+        if not isinstance(strength, Tensor):
+            return strength
+        rows_B = strength.to(h_BTD.device).repeat_interleave(selection.copies)
+        if len(rows_B) != len(h_BTD):
+            raise ValueError(
+                f"{len(strength)} strengths were given and {self.where} has {len(h_BTD)} rows; give one number, or one "
+                "for each row"
+            )
+        return rows_B[:, None, None]
+
+    def _source(self, h_BTD: Tensor, selection: Selection) -> Tensor:
+        """Return the source's states at the selected places of `h_BTD`, zeros elsewhere."""
+        if self.switch.sources is None:
+            raise ValueError(
+                f"the intervention at {self.where} puts in the states of a source and there is none; run the model "
+                "inside `with reft.sources(batch)`, or inside `with reft.disabled()`"
+            )
+        # A source without any such token never came by here.
+        source = self.switch.sources.get(self, States(h_BTD.new_zeros(0, 0, h_BTD.shape[2]), h_BTD.new_zeros(0, 0)))
+        counts_B = selection.mask_BT.sum(1)
+        given_B = source.valid_BK.to(h_BTD.device).sum(1).repeat_interleave(selection.copies)
+        if len(given_B) != len(counts_B):
+            raise ValueError(
+                f"the source has {len(source.valid_BK)} rows at {self.where} and the base {len(counts_B)}; every row "
+                "of the base needs one row of the source"
+            )
+        if not torch.equal(given_B, counts_B.to(given_B)):
+            row = int((given_B != counts_B).nonzero()[0])
+            raise ValueError(
+                f"row {row}: positions '{self.positions.text}' at {self.where} are {int(counts_B[row])} tokens of the "
+                f"base and {int(given_B[row])} of the source; select as many of both (the source's by "
+                "`reft.sources(batch, positions=...)`)"
+            )
+        states_BKD = source.states_BKD.to(h_BTD.device, h_BTD.dtype).repeat_interleave(selection.copies, 0)
+        valid_BK = source.valid_BK.to(h_BTD.device).repeat_interleave(selection.copies, 0)
+        mask_BTD = selection.mask_BT[:, :, None].expand_as(h_BTD)
+        return torch.zeros_like(h_BTD).masked_scatter(mask_BTD, states_BKD[valid_BK])
+
+
+def as_rows(h: Tensor) -> Tensor:
+    """Return states as (B, T, D): those of a packed tower in one row, those with rows and columns flat."""
+    return h[None] if h.dim() == 2 else h.flatten(1, -2)
+
+
+def states_at(h_BTD: Tensor, selection: Selection) -> States:
+    """Return copies of the selected states, detached; looks at the mask, a synchronisation on an accelerator."""
+    counts_B = selection.mask_BT.sum(1)
+    num_slots = int(counts_B.max()) if counts_B.numel() else 0
+    index_BK = selection.mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_slots]
+    valid_BK = torch.arange(num_slots, device=h_BTD.device)[None] < counts_B[:, None]
+    states_BKD = h_BTD.detach().gather(1, index_BK[:, :, None].expand(-1, -1, h_BTD.shape[2]))
+    return States(torch.where(valid_BK[:, :, None], states_BKD, 0.0), valid_BK)

@@ -7,15 +7,16 @@ from torch import nn
 
 from vlreft.components import Target
 from vlreft.config import Intervention, ReftConfig
-from vlreft.interventions import Edit
+from vlreft.edit import Edit
 from vlreft.sites import Site, Sites
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One module to make: the intervention it comes from, and where it goes."""
+    """One module to make: the intervention it comes from, its number in the config, and where it goes."""
 
     key: str
+    number: int
     item: Intervention
     site: Site
     layer: int
@@ -53,7 +54,7 @@ def plan_edits(config: ReftConfig, sites: Sites) -> list[Entry]:
                     )
                 for part, spelling in enumerate(item.parts):
                     key = f"{place}{head}:{spelling}"
-                    plan.append(Entry(key, item, site, layer, target, None if item.tied else part, span))
+                    plan.append(Entry(key, number, item, site, layer, target, None if item.tied else part, span))
     return plan
 
 

@@ -145,11 +145,13 @@ class Selection:
 
     `mask_BT` says which positions are selected. `index_BP`, if not None, lists them in P slots per row (selected ones
     first, then unselected fillers, all distinct) with `valid_BP` False at the fillers; None means P = T: edit densely.
+    `copies` says how many rows there are for each row of the prompt: beams, return sequences.
     """
 
     mask_BT: Tensor
     index_BP: Tensor | None
     valid_BP: Tensor | None
+    copies: int = 1
 
 
 def select(mask_BT: Tensor, num_slots: int | None) -> Selection:

@@ -3,23 +3,34 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlreft.acting import (
+    Edited,
+    Read,
+    as_strength,
+    check_groups,
+    check_read_positions,
+    read_states,
+    reads_of,
+    recording,
+)
 from vlreft.checkpoint import Base, Checkpoint, check_base, copy_tensors, read_checkpoint, write_checkpoint
 from vlreft.config import ReftConfig
+from vlreft.edit import Edit
 from vlreft.heads import Head, HeadHooks, make_heads, refuse_edits_inside
 from vlreft.hooks import Runtime, forget_compiled_graphs
-from vlreft.interventions import Edit
 from vlreft.layout import text_layout
-from vlreft.placed import Placed, Switch
+from vlreft.placed import Placed, States, Strength, Switch, Where
 from vlreft.plan import Entry, plan_edits
+from vlreft.positions import parse_positions
 from vlreft.sites import Sites, find_sites
 
 CHILD_NAME = "vlreft"
@@ -60,6 +71,7 @@ class Reft:
         self._heads = made.heads
         self._parts = made.parts
         self._switch = made.switch
+        self._placed = made.placed
         self._sites = sites
 
     @property
@@ -100,6 +112,71 @@ class Reft:
             yield
         finally:
             self._set(before)
+
+    @contextmanager
+    def scaled(self, strength: float | Sequence[float] | Tensor) -> Iterator[None]:
+        """Multiply the strength of these interventions inside: by one number, or by one for each row of the batch.
+
+        0 is the frozen base, bit for bit, 1 what was trained; the config's `scale` stays a factor of its own. Raises
+        ValueError or TypeError for what is no finite number, in a forward for another number of rows.
+        """
+        with self._changed(strength=as_strength(strength)):
+            yield
+
+    @contextmanager
+    def groups(self, groups: str | Sequence[str] | Mapping[str, Any]) -> Iterator[None]:
+        """Let only some groups of the interventions act inside, by name, or with a strength each.
+
+        In training the numbers of the others get zero gradients. Each group's subspace is orthogonal to those of the
+        groups before it: train them in their order, or together, since training one turns those behind it. Raises
+        ValueError for an unknown name. Interventions without groups act as ever.
+        """
+        names = [groups] if isinstance(groups, str) else groups
+        given = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+        check_groups(given, self._placed)
+        with self._changed(groups={name: as_strength(strength) for name, strength in given.items()}):
+            yield
+
+    def read(self, batch: Mapping[str, Any], positions: str | None = None) -> list[Read]:
+        """Return the states that a batch has at the tokens of each of these interventions, which do not act.
+
+        One for each intervention and module, in the config's order; of other tokens if `positions` is given. The model
+        runs once, in evaluation mode, without a graph; other adapters on it act. Raises ValueError where no token is
+        selected.
+        """
+        return reads_of(self._read(batch, positions), self._placed)
+
+    @contextmanager
+    def sources(
+        self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], positions: str | None = None
+    ) -> Iterator[None]:
+        """Let interchange interventions put the states of `batch` into the forwards, and `generate`s, inside.
+
+        batch: a batch of model inputs, a row for each row of the base; or several, one for each intervention of the
+            config. It runs once, in evaluation mode, without a graph and without these interventions.
+        positions: which tokens of the source are read, by default those that the interventions select of the base. The
+            first selected one goes to the first, and so on: as many have to be selected of both.
+        """
+        if isinstance(batch, Mapping):
+            found = self._read(batch, positions)
+        else:
+            if len(batch) != len(self.config.interventions):
+                raise ValueError(
+                    f"{len(batch)} sources were given for {len(self.config.interventions)} interventions; give one "
+                    "batch for all, or one for each"
+                )
+            reads = [self._read(one, positions) for one in batch]
+            found = {item: reads[item.where.number][item] for item in self._placed if item in reads[item.where.number]}
+        with self._changed(sources=found):
+            yield
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Edited]]:
+        """Give a list that holds, afterwards, what each edit made inside did to which tokens, in the order of"""
+        forget_compiled_graphs()
+        with recording(self._switch) as edits:
+            yield edits
+        forget_compiled_graphs()
 
     @contextmanager
     def prompt(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Iterator[None]:
@@ -168,7 +245,9 @@ class Reft:
 
     def fingerprint(self) -> str:
         """Return a hash of what these interventions do: their config, numbers, and whether they are switched on."""
-        digest = hashlib.sha256(f"{self._switch.on} {self.config.to_json()}".encode())
+        switch = self._switch
+        state = (switch.on, _numbers_of(switch.strength), {k: _numbers_of(v) for k, v in (switch.groups or {}).items()})
+        digest = hashlib.sha256(f"{state} {switch.groups is None} {self.config.to_json()}".encode())
         for name, parameter in self._parts.named_parameters():
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -190,9 +269,32 @@ class Reft:
             raise ValueError(f"the interventions '{self.name}' are not attached any more")
         return adapters.runtime
 
+    def _read(self, batch: Mapping[str, Any], positions: str | None) -> dict[Placed, States]:
+        others = None if positions is None else parse_positions(positions)
+        if others is not None:
+            check_read_positions(others, self._placed)
+        forget_compiled_graphs()
+        try:
+            return read_states(self.model, self._switch, batch, others)
+        finally:
+            forget_compiled_graphs()
+
     def _set(self, on: bool) -> None:
         if self._switch.on != on:
             self._switch.on = on
+            forget_compiled_graphs()
+
+    @contextmanager
+    def _changed(self, **fields: Any) -> Iterator[None]:
+        before = {name: getattr(self._switch, name) for name in fields}
+        try:
+            for name, value in fields.items():
+                setattr(self._switch, name, value)
+            forget_compiled_graphs()
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self._switch, name, value)
             forget_compiled_graphs()
 
 
@@ -261,6 +363,10 @@ def _sites_for(model: nn.Module, name: str) -> Sites:
     return sites
 
 
+def _numbers_of(strength: Strength) -> list[float] | float:
+    return strength.tolist() if isinstance(strength, Tensor) else strength
+
+
 def _num_in(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -274,6 +380,7 @@ class Parts:
     heads: list[Head]
     parts: nn.ModuleDict
     switch: Switch
+    placed: list[Placed]
 
 
 def make_parts(config: ReftConfig, sites: Sites) -> Parts:
@@ -290,7 +397,13 @@ def make_parts(config: ReftConfig, sites: Sites) -> Parts:
     parts = nn.ModuleDict(dict(edits.items()))
     if heads:
         parts["modules_to_save"] = nn.ModuleDict({head.name.replace(".", "/"): head.copy for head in heads})
-    return Parts(plan, edits, heads, parts, switch)
+    return Parts(plan, edits, heads, parts, switch, [_place(entry, edits[entry.key], switch) for entry in plan])
+
+
+def _place(entry: Entry, edit: nn.Module, switch: Switch) -> Placed:
+    assert isinstance(edit, Edit)
+    where = Where(entry.number, entry.site.name, entry.layer, entry.item.component)
+    return Placed(switch, edit, entry.item.parsed_positions, entry.part, where, entry.span)
 
 
 def _put_on(config: ReftConfig, name: str, made: Parts, sites: Sites) -> Reft:
@@ -304,10 +417,7 @@ def _put_on(config: ReftConfig, name: str, made: Parts, sites: Sites) -> Reft:
     reft = Reft(config, name, made, sites)
     adapters[name] = made.parts.train(model.training)
     adapters.refts[name] = reft
-    for entry in made.plan:
-        edit = made.edits[entry.key]
-        assert isinstance(edit, Edit)
-        placed = Placed(made.switch, edit, entry.item.parsed_positions, entry.part, entry.span)
+    for entry, placed in zip(made.plan, made.placed, strict=True):
         adapters.runtime.place(entry.site, entry.layer, entry.item.component, entry.target, placed)
     for head in made.heads:
         adapters.head_hooks.place(head)

@@ -46,7 +46,10 @@ class Call:
         if key not in self.selections:
             masks = self._masks(placed.positions, *shape)
             mask_BT = None if masks is None else placed.join(masks).to(device)
-            self.selections[key] = None if mask_BT is None else select(mask_BT, placed.num_slots)
+            chosen = None if mask_BT is None else select(mask_BT, placed.num_slots)
+            if chosen is not None and self.scope is not None and shape[0] != self.scope.layout.num_rows:
+                chosen = replace(chosen, copies=shape[0] // self.scope.layout.num_rows)
+            self.selections[key] = chosen
         return self.selections[key]
 
     def _masks(self, positions: Positions, num_rows: int, num_tokens: int) -> tuple[Tensor, ...] | None:

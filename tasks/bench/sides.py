@@ -31,7 +31,7 @@ from tasks.bench.workloads import (
     reft_steps,
     shared,
 )
-from vlreft.interventions import orthonormal_rows
+from vlreft.edit import orthonormal_rows
 
 LORA, WIDE_LORA, ANSWER_LORA = "LoRA r8 q,v", "LoRA r32 wide", "LoRA r8 q,v, logits of the answer"
 PLAIN, REUSE, REFT = "vlreft, plain step", "vlreft, prefix reuse", "vlreft"

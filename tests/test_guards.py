@@ -49,6 +49,7 @@ ARROWS = {
     "config": {"components", "edit", "interventions", "positions"},
     "placed": {"edit", "positions"},
     "acting": {"placed", "positions"},
+    "several": {"reft"},
     "blocks": {"components"},
     "streams": {"layout", "placed", "positions"},
     "pictures": {"layout", "sites"},
@@ -73,7 +74,18 @@ ARROWS = {
     "prefix": {"cuts", "kept", "layout", "pieces", "reft", "selects", "streams"},
     "trainer": {"answers", "contrast", "data", "grouping", "kept", "layout", "prefix", "reft"},
     "contrast": {"samples"},
-    "__init__": {"config", "contrast", "data", "description", "features", "questions", "recipes", "reft", "trainer"},
+    "__init__": {
+        "config",
+        "contrast",
+        "data",
+        "description",
+        "features",
+        "questions",
+        "recipes",
+        "reft",
+        "several",
+        "trainer",
+    },
 }
 
 PUBLIC = {
@@ -89,7 +101,7 @@ PUBLIC = {
         "ReftMixin",
         "ReftTrainer",
     ),
-    *("attach", "contrastive_loss", "describe", "load", "recipe", "zero_shot"),
+    *("attach", "contrastive_loss", "describe", "load", "recipe", "use", "zero_shot"),
 }
 
 MAX_LINES = 450

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlreft.questions import Questions
     from vlreft.recipes import recipe
     from vlreft.reft import Reft, attach, load
+    from vlreft.several import use
     from vlreft.trainer import ReftMixin, ReftTrainer
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "describe",
     "load",
     "recipe",
+    "use",
     "zero_shot",
 ]
 
@@ -51,6 +53,8 @@ def __getattr__(name: str) -> Any:
         from vlreft import features as home
     elif name == "Questions":
         from vlreft import questions as home
+    elif name == "use":
+        from vlreft import several as home
     elif name == "recipe":
         from vlreft import recipes as home
     else:

@@ -387,7 +387,7 @@ class Runtime:
         hooked = self.hooked[key]
         site, shape = hooked.site, h.shape
         h = self._watch.in_the_blocks_shape(hooked.target, h, f"site '{site.name}' layer {hooked.layer}")
-        acting = [placed for placed in hooked.items if placed.switch.on]
+        acting = sorted((item for item in hooked.items if item.switch.on), key=lambda item: item.switch.order)
         if self.is_muted or not acting:
             return h if h.shape == shape else h.reshape(shape)
         if h.shape[-1] != hooked.target.width:

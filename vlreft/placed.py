@@ -21,12 +21,14 @@ Strength = float | Tensor  # a number for all rows, or a tensor_B of one for eac
 class Switch:
     """Whether and how one adapter acts in the forwards of now.
 
-    groups: the strengths of those that act, None for all at 1. sources: what interchange interventions put in.
+    order: the adapters of a module act by it, those of equal order as they were attached. groups: the strengths of
+    those that act, None for all at 1. sources: what interchange interventions put in.
     reads: while not None, nothing is edited and the selected states are put there; of other positions if there are
     `read_positions`. records: while not None, each edit is put there.
     """
 
     on: bool = True
+    order: int = 0
     strength: Strength = 1.0
     groups: Mapping[str, Strength] | None = None
     sources: "dict[Placed, States] | None" = None
@@ -139,10 +141,18 @@ class Placed:
     def _apply(self, h: Tensor, selection: Selection) -> Tensor:
         switch = self.switch
         strength = self._for_rows(switch.strength, h, selection)
-        groups = switch.groups
-        if groups is not None:
-            groups = {name: self._for_rows(of_group, h, selection) for name, of_group in groups.items()}
+        groups = {name: self._for_rows(of_group, h, selection) for name, of_group in (switch.groups or {}).items()}
         source_BTD = self._source(h, selection) if self.edit.uses_source else None
+        how = _How(strength, None if switch.groups is None else groups, source_BTD)
+        # Rows of strength 0 cost nothing; the strengths lie on the CPU, so looking at them is free. Where there are no
+        # others, the edit runs on all of them for its gradients, which are zero: no rank may wait for one in vain.
+        if not isinstance(switch.strength, Tensor) or bool(switch.strength.all()) or not bool(switch.strength.any()):
+            return self._edit(h, selection, how)
+        rows_N = switch.strength.repeat_interleave(selection.copies).nonzero()[:, 0].to(h.device)
+        return h.index_copy(0, rows_N, self._edit(h[rows_N], selection.of(rows_N), how.of(rows_N)))
+
+    def _edit(self, h: Tensor, selection: Selection, how: "_How") -> Tensor:
+        strength, groups, source_BTD = how
         if selection.index_BP is None or selection.valid_BP is None:
             chosen_BT1 = selection.mask_BT[:, :, None]
             edited_BTD = self.edit(torch.where(chosen_BT1, h, 0.0), strength, source_BTD, groups)
@@ -159,7 +169,7 @@ class Placed:
         """Return a strength that broadcasts over `h_BTD`. Raises ValueError for another number of rows."""
         if not isinstance(strength, Tensor):
             return strength
-        rows_B = strength.to(h_BTD.device).repeat_interleave(selection.copies)
+        rows_B = strength.repeat_interleave(selection.copies).to(h_BTD.device)
         if len(rows_B) != len(h_BTD):
             raise ValueError(
                 f"{len(strength)} strengths were given and {self.where} has {len(h_BTD)} rows; give one number, or one "
@@ -194,6 +204,23 @@ class Placed:
         valid_BK = source.valid_BK.to(h_BTD.device).repeat_interleave(selection.copies, 0)
         mask_BTD = selection.mask_BT[:, :, None].expand_as(h_BTD)
         return torch.zeros_like(h_BTD).masked_scatter(mask_BTD, states_BKD[valid_BK])
+
+
+class _How(NamedTuple):
+    """What an edit is given beside the states: all of it for the rows that these have."""
+
+    strength: Strength
+    groups: Mapping[str, Strength] | None
+    source_BTD: Tensor | None
+
+    def of(self, rows_N: Tensor) -> "_How":
+        """Return the same for some rows."""
+
+        def pick(given: Strength) -> Strength:
+            return given[rows_N] if isinstance(given, Tensor) else given
+
+        groups = None if self.groups is None else {name: pick(strength) for name, strength in self.groups.items()}
+        return _How(pick(self.strength), groups, None if self.source_BTD is None else self.source_BTD[rows_N])
 
 
 def as_rows(h: Tensor) -> Tensor:

@@ -153,6 +153,12 @@ class Selection:
     valid_BP: Tensor | None
     copies: int = 1
 
+    def of(self, rows_N: Tensor) -> "Selection":
+        """Return the selection of some rows."""
+        if self.index_BP is None or self.valid_BP is None:
+            return Selection(self.mask_BT[rows_N], None, None)
+        return Selection(self.mask_BT[rows_N], self.index_BP[rows_N], self.valid_BP[rows_N])
+
 
 def select(mask_BT: Tensor, num_slots: int | None) -> Selection:
     """Turn a mask into slots: static shapes, on the device, without a host synchronisation on an accelerator.

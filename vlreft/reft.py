@@ -120,7 +120,7 @@ class Reft:
         0 is the frozen base, bit for bit, 1 what was trained; the config's `scale` stays a factor of its own. Raises
         ValueError or TypeError for what is no finite number, in a forward for another number of rows.
         """
-        with self._changed(strength=as_strength(strength)):
+        with self.changed(strength=as_strength(strength)):
             yield
 
     @contextmanager
@@ -134,7 +134,7 @@ class Reft:
         names = [groups] if isinstance(groups, str) else groups
         given = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
         check_groups(given, self._placed)
-        with self._changed(groups={name: as_strength(strength) for name, strength in given.items()}):
+        with self.changed(groups={name: as_strength(strength) for name, strength in given.items()}):
             yield
 
     def read(self, batch: Mapping[str, Any], positions: str | None = None) -> list[Read]:
@@ -167,7 +167,7 @@ class Reft:
                 )
             reads = [self._read(one, positions) for one in batch]
             found = {item: reads[item.where.number][item] for item in self._placed if item in reads[item.where.number]}
-        with self._changed(sources=found):
+        with self.changed(sources=found):
             yield
 
     @contextmanager
@@ -285,7 +285,8 @@ class Reft:
             forget_compiled_graphs()
 
     @contextmanager
-    def _changed(self, **fields: Any) -> Iterator[None]:
+    def changed(self, **fields: Any) -> Iterator[None]:
+        """Set fields of the switch inside, for the library's own use."""
         before = {name: getattr(self._switch, name) for name in fields}
         try:
             for name, value in fields.items():
@@ -331,6 +332,12 @@ def find_reft(model: nn.Module, name: str | None = None) -> Reft | None:
     if adapters is None:
         return None
     return next(iter(adapters.refts.values())) if name is None else adapters.refts.get(name)
+
+
+def find_refts(model: nn.Module) -> dict[str, Reft]:
+    """Return all interventions attached to `model` by their names, in the order in which they were attached."""
+    adapters = _adapters(model)
+    return {} if adapters is None else dict(adapters.refts)
 
 
 def find_only_reft(model: nn.Module) -> Reft:

@@ -22,6 +22,7 @@ MAX_TEXT = 4000  # characters of one text; what is beyond is counted, not shown
 NUM_SHOWN = 280  # characters of a text before it is folded
 NUM_POINTS = 300  # of a line in a chart; more are averaged
 NUM_COLOURS = 6
+MAX_DRAWING = 500_000  # bytes
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#22272b;--soft:#5f6870;--rule:#dcdfe0;--good:#2c6e58;
@@ -50,6 +51,8 @@ tr.sub td:first-child{padding-left:1rem}tr.sub td{color:var(--soft)}tr.chosen td
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1.2rem}
 figure{margin:0}svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
 .grid{stroke:var(--rule)}
+.drawing{margin:0 0 1.4rem}.drawing img{display:block;max-width:100%;height:auto;background:#fff;border-radius:8px;
+border:1px solid var(--rule);margin-bottom:.4rem}
 .keys{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.85rem;margin:.4rem 0 0;padding:0;list-style:none}
 .keys svg{display:inline-block;width:1.5rem;height:.6rem;margin-right:.35rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:.9rem}
@@ -142,6 +145,20 @@ def data_uri(picture: Image.Image) -> str:
         kinds[kind] = out.getvalue()
     kind = min(kinds, key=lambda name: len(kinds[name]))
     return f"data:image/{kind};base64,{base64.b64encode(kinds[kind]).decode()}"
+
+
+def drawing(png: bytes, text: str) -> str:
+    """Return a drawing, as large as it is where there is room, over its caption.
+
+    Raises: ValueError for what is no PNG, or more than `MAX_DRAWING` bytes of one.
+    """
+    if not png.startswith(b"\x89PNG\r\n\x1a\n") or len(png) > MAX_DRAWING:
+        raise ValueError(
+            f"the drawing {text!r} must be a PNG of at most {MAX_DRAWING:,} bytes, got {len(png):,} bytes."
+        )
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    caption = escaped(text)
+    return f'<figure class="drawing"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
 # Charts --------------------------------------------------------------------------------------------------------------

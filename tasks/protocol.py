@@ -103,7 +103,7 @@ class Run:
             self.manifest.select({"adapters": [] if adapter is None else [adapter], "lr": None})
             return
         train, dev = self._train_and_dev()
-        setup = self._loaded(self.source, train)
+        setup = self.loaded(self.source, train)
         vlreft.attach(setup.model, self._config(setup)).detach()  # a config that does not fit is told before all else
         for name, rows in (("train", train), ("dev", dev)):
             self.manifest.record_data(name, describe_part(rows))
@@ -139,7 +139,7 @@ class Run:
         if (known := self.manifest.trial(name)) is not None:
             return known
         folder = self.folder / "trials" / name
-        setup = self._loaded(self.source, train)
+        setup = self.loaded(self.source, train)
         set_seed(seed)
         reft = vlreft.attach(setup.model, self._config(setup))
         try:
@@ -212,7 +212,7 @@ class Run:
         return load_test(self.task, part, self.data, self.settings.num_test, self.settings.split_seed)
 
     def _test_part(self, rows: datasets.Dataset, folder: Path) -> dict[str, Any]:
-        setup = self._loaded(self.task, rows)
+        setup = self.loaded(self.task, rows)
         adapters = [self.folder / name for name in self.manifest.data["selection"]["adapters"]]
         scores: dict[str, Any] = {"adapters": []}
         for number, adapter in enumerate(adapters or [None]):
@@ -235,7 +235,7 @@ class Run:
 
     # Parts and models ------------------------------------------------------------------------------------------------
 
-    def _loaded(self, task: Task, rows: datasets.Dataset) -> Setup:
+    def loaded(self, task: Task, rows: datasets.Dataset) -> Setup:
         """The base, loaded once for all trials, and once more where the test is of another kind."""
         if self.setup is None or self.setup.task is not task:
             settings = self.settings

@@ -1,7 +1,8 @@
 """`write_report`: one run as one HTML file that needs nothing else: no network, no other file, no script.
 
 A `Report` is plain data that its caller has gathered; nothing is computed here but means, SDs and Holm's correction.
-The file stays small: at most 24 examples, pictures of 256 pixels, long texts and curves cut as the page says.
+The file stays small: at most 24 examples, pictures of 256 pixels, 4 drawings, long texts and curves cut as the page
+says.
 """
 
 import json
@@ -14,14 +15,15 @@ from typing import Any
 
 from tasks.cards import Example, cards, count_groups, examples_of
 from tasks.metrics.score import Score
-from tasks.page import Line, chart, escaped, facts, page, section, table
+from tasks.page import Line, chart, drawing, escaped, facts, page, section, table
 from tasks.statistics import Comparison, holm, mean_sd
 
 __all__ = [
-    "Curve", "DataPart", "Example", "Opening", "PartScores", "Report", "Trial",
+    "Curve", "DataPart", "Drawing", "Example", "Opening", "PartScores", "Report", "Trial",
     "count_groups", "examples_of", "report_html", "write_report",
 ]  # fmt: skip
 NOT_KNOWN = (math.nan, None)
+MAX_DRAWINGS = 4
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,14 @@ class Opening:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A figure of where the adapter's edits act in a test row; png: the file's bytes."""
+
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a report shows.
 
@@ -102,6 +112,7 @@ class Report:
     openings: Sequence[Opening] = ()
     examples: Sequence[Example] = ()
     num_by_group: Mapping[str, int] = field(default_factory=dict)
+    drawings: Sequence[Drawing] = ()
     notes: Sequence[str] = ()
     factor: float = 100.0
 
@@ -109,7 +120,8 @@ class Report:
 def write_report(path: str | Path, run: Report) -> None:
     """Write the report to one HTML file; an interrupted write leaves the former one as it was.
 
-    Raises: ValueError for more than 24 examples, pictures that cannot be read, scores that do not fit together.
+    Raises: ValueError for more than 24 examples or 4 drawings, pictures that cannot be read, scores that do not fit
+    together.
     """
     html = report_html(run)
     path = Path(path)
@@ -140,9 +152,16 @@ def report_html(run: Report) -> str:
         section("Training", _curves(run)),
         section("Trials on dev", _trials(run)),
         section("Examples", cards(run.examples, run.num_by_group)),
+        section("Where the edits act", _drawings(run.drawings)),
         section("What was run", *_setting(run)),
     )
     return page(run.title, "\n".join(filter(None, parts)))
+
+
+def _drawings(drawings: Sequence[Drawing]) -> str:
+    if len(drawings) > MAX_DRAWINGS:
+        raise ValueError(f"{len(drawings)} drawings; a report shows {MAX_DRAWINGS} at most: take fewer.")
+    return "\n".join(drawing(one.png, one.caption) for one in drawings)
 
 
 # Scores --------------------------------------------------------------------------------------------------------------

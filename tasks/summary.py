@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.drawings import draw_adapter, place_to_draw
 from tasks.metrics.answers import exact_match
 from tasks.metrics.score import Score
 from tasks.protocol import Run
@@ -32,11 +33,19 @@ def write_summary(run: Run, path: Path) -> None:
         return
     data = run.manifest.data
     settings, trials = data["settings"], data["trials"]
-    scores, examples, groups = [], [], {}
-    for part in data["test"]["scores"]:
-        found, drawn, counted = _part(run, part)
+    scores, examples, groups, drawings, notes = [], [], {}, [], []
+    for number, part in enumerate(data["test"]["scores"]):
+        found, drawn, counted, right = _part(run, part)
         scores.append(found)
         examples += drawn
+        if number == 0 and right is not None:
+            rows, adapter = run.test_rows(part), run.folder / data["selection"]["adapters"][0]
+            try:
+                drawings = draw_adapter(run.loaded(run.task, rows), adapter, rows, place_to_draw(*right))
+            except (
+                ValueError
+            ) as error:  # a model whose tokens cannot be told: a finished run has its report all the same
+                notes.append(f"Where the edits act could not be drawn: {error}")
         groups = {name: groups.get(name, 0) + number for name, number in counted.items()}
     chosen = set(data["selection"]["adapters"])
     report = Report(
@@ -62,12 +71,14 @@ def write_summary(run: Run, path: Path) -> None:
         openings=[Opening(opening["opened"], opening["reason"]) for opening in data["test"]["openings"]],
         examples=examples[: 4 * 2 * PER_GROUP],
         num_by_group=groups,
+        drawings=drawings,
+        notes=notes,
     )
     write_report(path, report)
 
 
-def _part(run: Run, part: str) -> tuple[PartScores, list[Any], dict[str, int]]:
-    """A test part's scores, some examples of it, and how many rows changed how."""
+def _part(run: Run, part: str) -> tuple[PartScores, list[Any], dict[str, int], list[Any] | None]:
+    """A test part's scores, some examples of it, how many rows changed how, and how right each was and is."""
     task, scores = run.task, run.manifest.data["test"]["scores"][part]
     rows = run.test_rows(part)
     texts = list(texts_of(rows))
@@ -75,11 +86,11 @@ def _part(run: Run, part: str) -> tuple[PartScores, list[Any], dict[str, int]]:
     base = task.metric(before, texts)
     afters = [read_answers(run.folder / score["answers"]) for score in scores["adapters"]]
     if not afters:
-        return PartScores(part, base), [], {}
+        return PartScores(part, base), [], {}, None
     seeds = run.settings.seeds if run.settings.config is not None else [0]
     adapted = {f"seed {seed}": task.metric(after, texts) for seed, after in zip(seeds, afters, strict=True)}
     if task.kind == "pairs":  # a resample of captions is no set of queries: their pictures go with them
-        return PartScores(part, base, adapted), [], {}
+        return PartScores(part, base, adapted), [], {}, None
     is_number = all(math.isfinite(score.value) for score in (base, *adapted.values()))
     compared = paired_bootstrap(task.metric, afters, [before], texts) if is_number and len(texts) > 1 else None
     found = PartScores(part, base, adapted, compared)
@@ -87,7 +98,7 @@ def _part(run: Run, part: str) -> tuple[PartScores, list[Any], dict[str, int]]:
     right = [_by_row(score, answers, texts) for score, answers in ((base, before), (first, afters[0]))]
     per_group = max(1, PER_GROUP // max(1, len(run.tests) - 1))
     drawn = examples_of(rows, before, afters[0], *right, per_group=per_group)
-    return found, drawn, count_groups(*right)
+    return found, drawn, count_groups(*right), right
 
 
 def _by_row(score: Score, answers: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:

@@ -8,16 +8,21 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vlreft
+from tasks.drawings import draw_adapter, place_to_draw
 from tasks.metrics.score import Score, mean_score
-from tasks.page import MAX_TEXT, NUM_POINTS, Line, averaged, chart, escaped, ticks
+from tasks.page import MAX_DRAWING, MAX_TEXT, NUM_POINTS, Line, averaged, chart, escaped, ticks
 from tasks.report import (
     Curve,
     DataPart,
+    Drawing,
     Example,
     Opening,
     PartScores,
@@ -28,7 +33,9 @@ from tasks.report import (
     report_html,
     write_report,
 )
+from tasks.setups import Options, load_setup
 from tasks.statistics import paired_bootstrap
+from tasks.table import TASKS
 
 GROUPS = ["Fixed by the adapter", "Broken by the adapter", "Still wrong", "Right both times"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -269,6 +276,59 @@ def test_the_file_stays_small_with_the_worst_of_examples():
     worst = example(picture=Image.fromarray(noise), before=long, after=long, question=long, references=(long, "b"))
     curves = [Curve("long", [(n, 1.0) for n in range(200_000)])] * 3
     assert len(report_html(full(examples=[worst] * 24, curves=curves))) < 4e6
+
+
+# --- drawings -------------------------------------------------------------------------------------------------------
+
+
+def png(size=(640, 300), noisy=False):
+    out = BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, size=(*size, 3), dtype=np.uint8)
+    (Image.fromarray(pixels) if noisy else Image.new("RGB", size, "navy")).save(out, "png")
+    return out.getvalue()
+
+
+def test_drawings_stand_as_they_are_under_their_heading():
+    shown = [Drawing("where <they> act", png()), Drawing("how much", png((300, 100)))]
+    page = Parsed(report_html(full(drawings=shown, examples=[])))
+    assert [picture.size for picture in page.pictures()] == [(640, 300), (300, 100)]
+    assert page.count("img", alt="where <they> act") == page.count("img", alt="how much") == 1
+    assert page.text.index("Where the edits act") < page.text.index("where <they> act") < page.text.index("how much")
+    assert "Where the edits act" not in Parsed(report_html(full())).text
+
+
+@pytest.mark.parametrize(
+    ("drawings", "says"),
+    [
+        ([Drawing("a", png())] * 5, "5 drawings; a report shows 4 at most"),
+        ([Drawing("a", b"GIF89a")], "'a' must be a PNG"),
+        ([Drawing("a", png((900, 900), noisy=True))], f"at most {MAX_DRAWING:,} bytes"),
+    ],
+    ids=["too many", "another kind", "too large"],
+)
+def test_drawings_that_would_make_the_file_large_are_refused(drawings, says):
+    with pytest.raises(ValueError, match=says):
+        report_html(full(drawings=drawings))
+
+
+def test_an_adapter_is_drawn_in_a_row_that_it_fixed(tmp_path):
+    assert [place_to_draw([1, 0, 0, 0], [1, 0, 1, 1]), place_to_draw([1, 0], [0, 0])] == [2, 0]
+    folder = Path(__file__).parent.parent / "assets" / "demo-llava"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("assets/demo-llava has no weights in this checkout")
+    rows = TASKS["demo_refuse"].load("test", None)
+    setup = load_setup(TASKS["demo_refuse"], str(folder), Options("cpu", torch.float32), rows)
+    items = [vlreft.Intervention("direft", site=site, rank=1, init="reference") for site in ("vision", "text")]
+    reft = vlreft.attach(setup.model, vlreft.ReftConfig(items))
+    reft.save_pretrained(tmp_path)
+    reft.detach()
+    drawings = draw_adapter(setup, tmp_path, rows, 1)
+    assert "vlreft" not in dict(setup.model.named_children())
+    page = Parsed(report_html(full(drawings=drawings, examples=[])))
+    where, how_much = page.pictures()
+    assert where.width == how_much.width > 800
+    assert min(np.asarray(picture.convert("L")).std() for picture in (where, how_much)) > 10
+    assert draw_adapter(setup, tmp_path, rows, 1) == drawings, "the same run must give the same file"
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

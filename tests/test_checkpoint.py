@@ -1,5 +1,6 @@
 """The checkpoint: bit for bit there and back, one clear error for whatever is wrong, atomic writing."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -31,7 +32,8 @@ CONFIG = vlreft.ReftConfig(vlreft.Intervention("loreft", positions="f2+l2", rank
 
 def one_of_each(**settings):
     rank = {method: {"rank": 2} if cls.uses_rank else {} for method, cls in INTERVENTIONS.items()}
-    return [vlreft.Intervention(method, init="reference", **rank[method], **settings) for method in INTERVENTIONS]
+    methods = [method for method, cls in INTERVENTIONS.items() if not cls.uses_source]
+    return [vlreft.Intervention(method, init="reference", **rank[method], **settings) for method in methods]
 
 
 def save(folder, model=None, config=CONFIG, seed=1):
@@ -88,6 +90,8 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert data.pop("base") == {
         "model_type": "llama", "class_name": "LlamaForCausalLM", "name_or_path": "", "sites": {"text": [3, 16]},
     }  # fmt: skip
+    content = (folder / WEIGHTS_NAME).read_bytes()
+    assert data.pop("weights") == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert vlreft.ReftConfig.from_dict(data) == CONFIG
     tensors = load_file(folder / WEIGHTS_NAME)
     assert tensors.keys() == saved.keys()
@@ -188,8 +192,8 @@ BROKEN = {
     "nested too deep": (put(CONFIG_NAME, b"[" * 200_000), "reft_config.json is not JSON"),
     "JSON of a list": (put(CONFIG_NAME, b"[1]"), "reft_config.json must hold a JSON object, got list"),
     "unknown version": (
-        edit_json(lambda data: data.update(format_version=3)),
-        NOT_A_CONFIG + r"`format_version` \(=3\) is not 2",
+        edit_json(lambda data: data.update(format_version=4)),
+        NOT_A_CONFIG + r"`format_version` \(=4\) is none of 1 to 3",
     ),
     "surplus key": (edit_json(lambda data: data.update(more=2)), NOT_A_CONFIG + "more"),
     "no interventions": (edit_json(lambda data: data.pop("interventions")), NOT_A_CONFIG + "'interventions'"),

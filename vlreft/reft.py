@@ -1,8 +1,8 @@
-"""`Reft`, `attach` and `load`: put interventions on the model the user already has, in place, and take them off."""
+"""`Reft`: one set of interventions on a model, how it acts, and how it comes off; and how it is found."""
 
 import hashlib
 import os
-import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vlreft.acting import (
     Edited,
@@ -22,16 +21,20 @@ from vlreft.acting import (
     reads_of,
     recording,
 )
-from vlreft.checkpoint import Base, Checkpoint, check_base, copy_tensors, read_checkpoint, write_checkpoint
+from vlreft.beside import without_peft
+from vlreft.card import Metrics
+from vlreft.checkpoint import Checkpoint, check_base, copy_tensors, describe_base, read_checkpoint, write_checkpoint
 from vlreft.config import ReftConfig
-from vlreft.edit import Edit
-from vlreft.heads import Head, HeadHooks, make_heads, refuse_edits_inside
+from vlreft.edit import holding
+from vlreft.heads import Head, HeadHooks
 from vlreft.hooks import Runtime, forget_compiled_graphs
+from vlreft.hub import check_name, push
 from vlreft.layout import text_layout
-from vlreft.placed import Placed, States, Strength, Switch, Where
-from vlreft.plan import Entry, plan_edits
+from vlreft.placed import Placed, States, Strength, Switch
+from vlreft.plan import Entry
 from vlreft.positions import parse_positions
-from vlreft.sites import Sites, find_sites
+from vlreft.shards import is_writer, whole
+from vlreft.sites import Sites
 
 CHILD_NAME = "vlreft"
 # Names that an adapter cannot have: those of the attributes of `Adapters`, its parent.
@@ -127,15 +130,24 @@ class Reft:
     def groups(self, groups: str | Sequence[str] | Mapping[str, Any]) -> Iterator[None]:
         """Let only some groups of the interventions act inside, by name, or with a strength each.
 
-        In training the numbers of the others get zero gradients. Each group's subspace is orthogonal to those of the
-        groups before it: train them in their order, or together, since training one turns those behind it. Raises
-        ValueError for an unknown name. Interventions without groups act as ever.
+        What is trained inside are these groups alone: the numbers of the others get zero gradients, an optimiser that
+        steps inside leaves them as they are, with weight decay and momentum too, and their subspaces do not turn,
+        whatever the order of training. Raises ValueError for an unknown name. Interventions without groups act, and
+        train, as ever.
         """
         names = [groups] if isinstance(groups, str) else groups
         given = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
         check_groups(given, self._placed)
-        with self.changed(groups={name: as_strength(strength) for name, strength in given.items()}):
+        strengths = {name: as_strength(strength) for name, strength in given.items()}
+        on = [name for name, strength in strengths.items() if bool(torch.as_tensor(strength).any())]
+        edits = [placed.edit for placed in self._placed]
+        with self.changed(groups=strengths), holding(edits, on, lambda: self._switch.groups is strengths):
             yield
+
+    @property
+    def acting_groups(self) -> tuple[str, ...] | None:
+        """The groups that act now, None where nothing was said of them and all do."""
+        return None if self._switch.groups is None else tuple(self._switch.groups)
 
     def read(self, batch: Mapping[str, Any], positions: str | None = None) -> list[Read]:
         """Return the states that a batch has at the tokens of each of these interventions, which do not act.
@@ -223,9 +235,15 @@ class Reft:
         with self.runtime.boxes(torch.tensor([list(box) for box in boxes])):
             yield
 
+    def requires_grad_(self, is_on: bool = True) -> None:
+        """Train these interventions (say so after `peft.get_peft_model`, which freezes them), or leave them alone."""
+        self._switch.is_frozen = not is_on
+        for parameter in self.parameters():
+            parameter.requires_grad_(is_on)
+
     def detach(self) -> None:
         """Take the interventions off the model. After the last one it is exactly the model it was."""
-        adapters = _adapters(self.model)
+        adapters = find_adapters(self.model)
         if adapters is None or adapters.refts.get(self.name) is not self:
             raise ValueError(f"the interventions '{self.name}' are not attached any more")
         adapters.runtime.remove(self._switch)
@@ -238,10 +256,34 @@ class Reft:
                 parameter.requires_grad_(True)
         forget_compiled_graphs()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `reft_config.json`, `reft_model.safetensors` and a model card; the base is not written."""
-        tensors = {name: parameter.data for name, parameter in self._parts.named_parameters()}
-        write_checkpoint(folder, Checkpoint(self.config, _describe_base(self.model, self._sites), tensors))
+    def save_pretrained(self, folder: str | os.PathLike[str], *, metrics: Metrics | None = None) -> None:
+        """Write `reft_config.json`, `reft_model.safetensors` and a model card; all ranks call it under FSDP.
+
+        metrics: names and values for the card, e.g. {"VQAv2 val accuracy": 78.2}.
+        """
+        tensors = {name: whole(parameter) for name, parameter in self._parts.named_parameters()}
+        if all(is_writer(parameter) for parameter in self.parameters()):
+            write_checkpoint(folder, Checkpoint(self.config, describe_base(self.model, self._sites), tensors), metrics)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        message: str = "",
+        token: str | None = None,
+        metrics: Metrics | None = None,
+    ) -> str:
+        """Upload to the hub under a name as "user/name", in one commit; return the address. All ranks call it.
+
+        metrics: as for `save_pretrained`. Raises ValueError for a bad name; what the hub says to a missing login or
+        right is raised as it comes. `vlreft.load(model, "user/name")` takes it from there.
+        """
+        check_name(name)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, metrics=metrics)
+            is_here = all(is_writer(parameter) for parameter in self.parameters())
+            return push(folder, name, private=private, message=message, token=token) if is_here else ""
 
     def fingerprint(self) -> str:
         """Return a hash of what these interventions do: their config, numbers, and whether they are switched on."""
@@ -250,13 +292,13 @@ class Reft:
         digest = hashlib.sha256(f"{state} {switch.groups is None} {self.config.to_json()}".encode())
         for name, parameter in self._parts.named_parameters():
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(whole(parameter).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def load_weights(self, folder: str | os.PathLike[str]) -> None:
         """Copy a checkpoint's numbers into these interventions, in place. Raises ValueError if it does not fit."""
         checkpoint = read_checkpoint(folder)
-        check_base(checkpoint.base, _describe_base(self.model, self._sites), folder)
+        check_base(checkpoint.base, describe_base(self.model, self._sites), folder)
         if checkpoint.config != self.config:
             raise ValueError(f"the checkpoint in {folder} has another config: {checkpoint.config}, not {self.config}")
         copy_tensors(checkpoint.tensors, dict(self._parts.named_parameters()), f"the checkpoint in {folder}")
@@ -264,7 +306,7 @@ class Reft:
     @property
     def runtime(self) -> Runtime:
         """The model's hooks. Raises ValueError once detached."""
-        adapters = _adapters(self.model)
+        adapters = find_adapters(self.model)
         if adapters is None:
             raise ValueError(f"the interventions '{self.name}' are not attached any more")
         return adapters.runtime
@@ -299,36 +341,9 @@ class Reft:
             forget_compiled_graphs()
 
 
-def attach(model: nn.Module, config: ReftConfig, name: str = "default") -> Reft:
-    """Put interventions on `model`, in place, and freeze everything else in it.
-
-    The model stays the object it was: training, `generate`, pipelines and saving go on with it. New interventions draw
-    their start from torch's generator, in float32, on their block's device. Several sets under different names act in
-    the order in which they were attached.
-
-    Raises ValueError or TypeError, before anything was changed: a name in use, a site or segment that the model lacks,
-    a layer out of range or never read, a rank above the width, a module to train that is not exactly one.
-    """
-    if not isinstance(config, ReftConfig):
-        raise TypeError(f"`config` must be a vlreft.ReftConfig, got {type(config).__name__}")
-    sites = _sites_for(model, name)
-    return _put_on(config, name, make_parts(config, sites), sites)
-
-
-def load(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Reft:
-    """Attach a saved adapter to its base. Raises ValueError for another base, or a file that is not whole and exact."""
-    checkpoint = read_checkpoint(folder)
-    sites = _sites_for(model, name)
-    check_base(checkpoint.base, _describe_base(model, sites), folder)
-    with torch.random.fork_rng(devices=[]):  # the start values are thrown away; leave the user's generator alone
-        made = make_parts(checkpoint.config, sites)
-    copy_tensors(checkpoint.tensors, dict(made.parts.named_parameters()), f"the checkpoint in {folder}")
-    return _put_on(checkpoint.config, name, made, sites)
-
-
 def find_reft(model: nn.Module, name: str | None = None) -> Reft | None:
     """Return the interventions attached to `model` under `name` (by default the first ones), None if there are none."""
-    adapters = _adapters(model)
+    adapters = find_adapters(model)
     if adapters is None:
         return None
     return next(iter(adapters.refts.values())) if name is None else adapters.refts.get(name)
@@ -336,13 +351,13 @@ def find_reft(model: nn.Module, name: str | None = None) -> Reft | None:
 
 def find_refts(model: nn.Module) -> dict[str, Reft]:
     """Return all interventions attached to `model` by their names, in the order in which they were attached."""
-    adapters = _adapters(model)
+    adapters = find_adapters(model)
     return {} if adapters is None else dict(adapters.refts)
 
 
 def find_only_reft(model: nn.Module) -> Reft:
     """Return the interventions attached to `model`. Raises ValueError if there are none, or several sets of them."""
-    adapters = _adapters(model)
+    adapters = find_adapters(model)
     names = list(adapters.refts) if adapters is not None else []
     if adapters is None or len(names) != 1:
         got = f"several are attached, {names}" if names else "none are attached"
@@ -350,24 +365,11 @@ def find_only_reft(model: nn.Module) -> Reft:
     return adapters.refts[names[0]]
 
 
-def _adapters(model: nn.Module) -> Adapters | None:
+def find_adapters(model: nn.Module) -> Adapters | None:
+    """Return what `attach` has put on a model, or on the one inside a `PeftModel`; None if there is nothing."""
+    model = without_peft(model)
     child = dict(model.named_children()).get(CHILD_NAME) if isinstance(model, nn.Module) else None
     return child if isinstance(child, Adapters) else None
-
-
-def _sites_for(model: nn.Module, name: str) -> Sites:
-    """Return the sites of a model that can have an adapter of this name. Raises ValueError if it cannot."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or name in RESERVED_NAMES:
-        raise ValueError(f"`name` (={name!r}) must be letters, digits, '_' and '-', and no attribute of a ModuleDict")
-    if find_reft(model, name) is not None:
-        raise ValueError(f"interventions named '{name}' are attached already; detach them or choose another `name`")
-    adapters = _adapters(model)
-    if adapters is not None:
-        return adapters.runtime.sites
-    sites = find_sites(model)
-    if hasattr(model, CHILD_NAME):
-        raise ValueError(f"{sites.model_name} has a '{CHILD_NAME}' of its own, where interventions are kept; rename it")
-    return sites
 
 
 def _numbers_of(strength: Strength) -> list[float] | float:
@@ -388,52 +390,3 @@ class Parts:
     parts: nn.ModuleDict
     switch: Switch
     placed: list[Placed]
-
-
-def make_parts(config: ReftConfig, sites: Sites) -> Parts:
-    """Make an adapter's modules; the model is not changed. Raises ValueError for a config that it has no place for."""
-    plan, switch, adapters = plan_edits(config, sites), Switch(), _adapters(sites.model)
-    present = list(adapters.head_hooks) if adapters is not None else []
-    hooked = list(adapters.runtime.hooked.values()) if adapters is not None else []
-    heads = make_heads(config.modules_to_save, sites, present, switch)
-    planned = [(f"site '{entry.site.name}' layer {entry.layer}", entry.target) for entry in plan]
-    earlier = [(f"site '{item.site.name}' layer {item.layer}", item.target) for item in hooked]
-    refuse_edits_inside(heads, planned + earlier)
-    refuse_edits_inside(present, planned)
-    edits = nn.ModuleDict({entry.key: entry.build() for entry in plan})
-    parts = nn.ModuleDict(dict(edits.items()))
-    if heads:
-        parts["modules_to_save"] = nn.ModuleDict({head.name.replace(".", "/"): head.copy for head in heads})
-    return Parts(plan, edits, heads, parts, switch, [_place(entry, edits[entry.key], switch) for entry in plan])
-
-
-def _place(entry: Entry, edit: nn.Module, switch: Switch) -> Placed:
-    assert isinstance(edit, Edit)
-    where = Where(entry.number, entry.site.name, entry.layer, entry.item.component)
-    return Placed(switch, edit, entry.item.parsed_positions, entry.part, where, entry.span)
-
-
-def _put_on(config: ReftConfig, name: str, made: Parts, sites: Sites) -> Reft:
-    """Put what was made on the model."""
-    model, adapters = sites.model, _adapters(sites.model)
-    if adapters is None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        adapters = Adapters(Runtime(model, sites), trainable)
-        model.add_module(CHILD_NAME, adapters)
-    reft = Reft(config, name, made, sites)
-    adapters[name] = made.parts.train(model.training)
-    adapters.refts[name] = reft
-    for entry, placed in zip(made.plan, made.placed, strict=True):
-        adapters.runtime.place(entry.site, entry.layer, entry.item.component, entry.target, placed)
-    for head in made.heads:
-        adapters.head_hooks.place(head)
-    forget_compiled_graphs()
-    return reft
-
-
-def _describe_base(model: nn.Module, sites: Sites) -> Base:
-    shape = {name: [len(site.blocks), site.width] for name, site in sites.by_name.items()}
-    if not isinstance(model, PreTrainedModel):
-        return Base("open_clip", type(model).__name__, "", shape)
-    return Base(model.config.model_type, type(model).__name__, model.config.name_or_path or "", shape)

@@ -131,7 +131,8 @@ def test_prints_everything(name):
     one, shown = recipe(name), words(recipe(name))
     for item in one.config.interventions:
         for field, value in dataclasses.asdict(item).items():
-            assert f"{field} {', '.join(map(str, value)) if isinstance(value, tuple) else value}" in shown
+            text = (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else value
+            assert f"{field} {text}" in shown
     for part in (one.arguments, one.collator, one.tokenizer, one.generation, one.reported):
         for key, value in part.items():
             assert f"{key} {value}" in shown

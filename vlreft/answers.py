@@ -70,7 +70,7 @@ class AnswerFile:
 def answer_all(
     answer: Callable[[list[Any]], list[Any]],
     dataset: Any,
-    places: range,
+    places: Sequence[int],
     batch_size: int,
     *,
     file: AnswerFile | None = None,
@@ -105,7 +105,7 @@ def _id(example: Row, place: int) -> str:
     return str(named[0] if named else place)
 
 
-def _ids(dataset: Any, places: range) -> list[str]:
+def _ids(dataset: Any, places: Sequence[int]) -> list[str]:
     """The examples' ids, without reading a picture where the dataset has columns."""
     from datasets import Dataset
 

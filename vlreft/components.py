@@ -61,7 +61,9 @@ def find_target(block: nn.Module, component: str, width: int, where: str) -> Tar
         )
     if component == "attention":
         return Target(projection, width, block=block)
-    width_in = projection.in_features if isinstance(projection, nn.Linear) else projection.weight.shape[0]
+    inner = _unwrapped(projection)
+    assert isinstance(inner, nn.Linear | Conv1D)
+    width_in = inner.in_features if isinstance(inner, nn.Linear) else inner.weight.shape[0]
     return Target(projection, width_in, True, _num_heads(attention, width_in, where), block)
 
 
@@ -81,7 +83,8 @@ def _mlp(block: nn.Module, width: int, where: str) -> nn.Module:
         last = name.rpartition(".")[2].lower()
         if "norm" in last or not any(last == word or last.endswith(word) for word in MLP_NAMES):
             continue
-        if isinstance(module, nn.Linear | Conv1D) and _width_out(module) != width:
+        inner = _unwrapped(module)
+        if isinstance(inner, nn.Linear | Conv1D) and _width_out(inner) != width:
             continue
         # Some MLPs add the residual stream themselves; a mixture of experts has no one last layer.
         is_plain = not any("expert" in inner or "router" in inner for inner, _ in module.named_modules())
@@ -94,15 +97,28 @@ def _mlp(block: nn.Module, width: int, where: str) -> nn.Module:
     raise ValueError(f"{where} has no MLP ({_children(block)}); name a module by its path in `site` instead")
 
 
-def _last_projection(module: nn.Module, width: int, others: Sequence[str] = ()) -> nn.Linear | Conv1D | None:
-    """Return the last linear layer that gives states of this width and has none of these names."""
-    found = None
+def _last_projection(module: nn.Module, width: int, others: Sequence[str] = ()) -> nn.Module | None:
+    """Return the last linear layer that gives states of this width and has none of these names.
+
+    One that peft has put its own layer around is that layer, with what peft adds.
+    """
+    found, inside = None, set[nn.Module]()
     for name, layer in module.named_modules():
+        if layer in inside:
+            continue
+        inner = _unwrapped(layer)
+        if inner is not layer:
+            inside.update(layer.modules())
         last = name.rpartition(".")[2].lower()
         is_other = last in others or last.removesuffix("_proj").removesuffix("_lin") in others
-        if isinstance(layer, nn.Linear | Conv1D) and _width_out(layer) == width and not is_other:
+        if isinstance(inner, nn.Linear | Conv1D) and _width_out(inner) == width and not is_other:
             found = layer
     return found
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the layer that a layer of peft's is around, and any other as it is."""
+    return dict(module.named_children()).get("base_layer", module)
 
 
 def _has_projection(module: nn.Module) -> bool:

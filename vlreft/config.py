@@ -1,8 +1,10 @@
 """`Intervention` and `ReftConfig`: what to learn where, as frozen, validated data, JSON both ways."""
 
 import json
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 from vlreft.components import COMPONENTS
@@ -11,6 +13,7 @@ from vlreft.interventions import INTERVENTIONS
 from vlreft.positions import Positions, parse_positions
 
 INITS = ("identity", "reference")
+MAX_LISTED = 100_000  # layers, heads, names or interventions; a list may come from a stranger, or never end
 # 2 added `component`, `heads` and `modules_to_save`, 3 `groups`; older files are read, what they lack has its default.
 FORMAT_VERSION = 3
 SINCE_VERSION = {2: frozenset({"component", "heads"}), 3: frozenset({"groups"})}
@@ -150,7 +153,9 @@ class ReftConfig:
         self, interventions: Intervention | Iterable[Intervention], modules_to_save: str | Iterable[str] = ()
     ) -> None:
         """Take one intervention or several, and no module, one or several."""
-        several = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
+        several = (
+            (interventions,) if isinstance(interventions, Intervention) else _listed("interventions", interventions)
+        )
         for number, item in enumerate(several):
             if not isinstance(item, Intervention):
                 raise TypeError(f"item {number} of ReftConfig must be a vlreft.Intervention, got {item!r}")
@@ -202,7 +207,7 @@ class ReftConfig:
 
 def _names(field: str, given: object) -> tuple[str, ...]:
     several = (given,) if isinstance(given, str) else given
-    names = tuple(several) if isinstance(several, Iterable) else ()
+    names = _listed(field, several) if isinstance(several, Iterable) else ()
     if not isinstance(several, Iterable) or any(not isinstance(name, str) or not name for name in names):
         example = {"modules_to_save": "names or paths of modules, e.g. ['classifier']"}.get(field, "names")
         raise TypeError(f"`{field}` must be {example}, got {given!r}")
@@ -218,12 +223,20 @@ def _numbers(field: str, what: str, given: object) -> str | tuple[int, ...]:
     several = (given,) if isinstance(given, int) else given
     if isinstance(several, str) or not isinstance(several, Iterable):
         raise TypeError(f"`{field}` must be 'all', a number or a list of numbers, got {given!r}")
-    numbers = tuple(several)
+    numbers = _listed(field, several)
     if not numbers or any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
         raise TypeError(f"`{field}` must be 'all', a number or a list of numbers, got {given!r}")
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"`{field}` (={list(numbers)}) names a {what} twice")
     return numbers
+
+
+def _listed(field: str, several: Iterable[Any]) -> tuple[Any, ...]:
+    """Return what something yields. Raises ValueError for more than anybody can mean."""
+    items = tuple(islice(several, MAX_LISTED + 1))
+    if len(items) > MAX_LISTED:
+        raise ValueError(f"`{field}` lists more than {MAX_LISTED:,}; give fewer, or 'all' where that is one of them")
+    return items
 
 
 def _one_of(field: str, value: object, known: Collection[str]) -> None:
@@ -232,5 +245,6 @@ def _one_of(field: str, value: object, known: Collection[str]) -> None:
 
 
 def _number(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+    # A whole number may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise TypeError(f"`{field}` must be a finite number, got {value!r}")

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlreft.attaching import make_parts
 from vlreft.components import COMPONENTS, Target
 from vlreft.config import ReftConfig
 from vlreft.empty import build_empty, first_line
 from vlreft.plan import Entry
-from vlreft.reft import CHILD_NAME, Parts, find_reft, make_parts
+from vlreft.reft import CHILD_NAME, Parts, find_reft
 from vlreft.sites import Site, Sites, find_sites
 
 if TYPE_CHECKING:
@@ -308,6 +309,7 @@ def _read_reft_config(path: str | os.PathLike[str]) -> ReftConfig:
         if not isinstance(data, dict):
             raise ValueError("it must hold a JSON object")
         data.pop("base", None)
+        data.pop("weights", None)
         return ReftConfig.from_dict(data)
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{file} is not to be read as a vlreft config: {first_line(error)}") from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from vlreft.beside import Spot, spot_of
 from vlreft.components import Target
 from vlreft.outputs import add_to_first
 from vlreft.placed import Switch
@@ -37,6 +38,7 @@ class Head:
     base: nn.Module
     copy: nn.Module
     switch: Switch
+    spot: Spot | None = None
     has_run: bool = False
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -96,6 +98,8 @@ class HeadHooks:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for head in self:
             head.has_run = False
+            if head.spot is not None:
+                head.spot.refuse_wrapped()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Give heads that did not run a zero gradient, for which data-parallel training would wait for ever.
@@ -130,7 +134,8 @@ def make_heads(names: Sequence[str], sites: Sites, present: Iterable[Head], swit
                     "outer one would be heard; train one of them"
                 )
         _refuse_module(where, module, sites.model)
-        made.append(Head(name, path, module, _trainable_copy(module), switch))
+        spot = spot_of(sites.model, module, f"`modules_to_save` '{name}'")
+        made.append(Head(name, path, module, _trainable_copy(module), switch, spot))
     return made
 
 

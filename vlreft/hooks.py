@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlreft.batches import Batches, tokens_in
+from vlreft.beside import Spot, refuse_frozen, spot_of
 from vlreft.blocks import BlockWatch, Snapshot, states_of
 from vlreft.components import Target
 from vlreft.layout import TokenLayout, text_layout
@@ -45,6 +46,7 @@ class _Hooked:
     layer: int
     target: Target
     handle: Any
+    spot: Spot | None
     items: list[Placed] = field(default_factory=list)
 
 
@@ -120,7 +122,10 @@ class Runtime:
             else:
                 hook = partial(self._edit_output, key)
                 handle = target.module.register_forward_hook(hook, prepend=True)
-            self.hooked[key] = _Hooked(site, layer, target, handle)
+            is_leaf = next(target.module.children(), None) is None  # peft wraps no block
+            what = f"the edit of site '{site.name}' layer {layer} ({component})"
+            spot = spot_of(self.model, target.module, what) if is_leaf else None
+            self.hooked[key] = _Hooked(site, layer, target, handle, spot)
             if target.block is not None or not self._is_transformers:
                 self._watch.add(target)
         self.hooked[key].items.append(placed)
@@ -288,6 +293,11 @@ class Runtime:
     def _enter(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_prompt_BL = kwargs.pop("prompt_mask", None)
         self.has_run = set()
+        if module.training and torch.is_grad_enabled():
+            refuse_frozen((item for hooked in self.hooked.values() for item in hooked.items), self.model)
+        for hooked in self.hooked.values():
+            if hooked.spot is not None:
+                hooked.spot.refuse_wrapped()
         call = dict(zip(names, args, strict=False)) | kwargs
         if self._is_transformers and not self.is_muted:
             for stream in self.streams.values():

@@ -51,7 +51,7 @@ def image_grid(sites: Sites, call: Mapping[str, Any], boxes_B4: Tensor | None, l
     boxes_BL4 = None
     if boxes_B4 is not None:
         given_B4 = boxes_B4.to(image_BL.device).expand(max(1, len(sizes)) if len(boxes_B4) == 1 else -1, -1)
-        if len(given_B4) < len(sizes):
+        if sizes and len(given_B4) != len(sizes):
             raise ValueError(
                 f"{len(boxes_B4)} boxes were given for {len(sizes)} pictures; give one for each, or one for all"
             )

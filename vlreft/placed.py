@@ -28,6 +28,7 @@ class Switch:
     """
 
     on: bool = True
+    is_frozen: bool = False
     order: int = 0
     strength: Strength = 1.0
     groups: Mapping[str, Strength] | None = None
@@ -186,7 +187,10 @@ class Placed:
             )
         # A source without any such token never came by here.
         source = self.switch.sources.get(self, States(h_BTD.new_zeros(0, 0, h_BTD.shape[2]), h_BTD.new_zeros(0, 0)))
+        # Of a forward on a part of the prompt, the whole prompt's count: a chunk of it, or what comes behind a prefix.
         counts_B = selection.mask_BT.sum(1)
+        if selection.total_B is not None:
+            counts_B = selection.total_B.repeat_interleave(selection.copies)
         given_B = source.valid_BK.to(h_BTD.device).sum(1).repeat_interleave(selection.copies)
         if len(given_B) != len(counts_B):
             raise ValueError(
@@ -201,9 +205,13 @@ class Placed:
                 "`reft.sources(batch, positions=...)`)"
             )
         states_BKD = source.states_BKD.to(h_BTD.device, h_BTD.dtype).repeat_interleave(selection.copies, 0)
-        valid_BK = source.valid_BK.to(h_BTD.device).repeat_interleave(selection.copies, 0)
-        mask_BTD = selection.mask_BT[:, :, None].expand_as(h_BTD)
-        return torch.zeros_like(h_BTD).masked_scatter(mask_BTD, states_BKD[valid_BK])
+        if not states_BKD.shape[1]:
+            return torch.zeros_like(h_BTD)
+        rank_BT = selection.mask_BT.cumsum(1) - 1
+        if selection.earlier_B is not None:
+            rank_BT = rank_BT + selection.earlier_B.repeat_interleave(selection.copies)[:, None]
+        place_BTD = rank_BT.clamp(0, states_BKD.shape[1] - 1)[:, :, None].expand_as(h_BTD)
+        return torch.where(selection.mask_BT[:, :, None], states_BKD.gather(1, place_BTD), 0.0)
 
 
 class _How(NamedTuple):

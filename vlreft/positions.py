@@ -21,6 +21,7 @@ from vlreft.selects import REGIONS, SELECTS, All, First, Last, Members, Select
 
 SEGMENTS = tuple(dict.fromkeys(TEXT_SEGMENTS + TOWER_SEGMENTS))
 PICTURE_SEGMENTS = ("patches", "image")  # those that a region can be taken of
+MAX_LENGTH = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def parse_positions(text: str) -> Positions:
     """Parse a position string. Raises ValueError that points at the character where it stops making sense."""
     if not isinstance(text, str):
         raise TypeError(f"`positions` must be a string such as 'question:f4+l4', got {text!r}")
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"`positions` has {len(text):,} characters, more than {MAX_LENGTH:,}; split the intervention")
     return _parse(text)
 
 
@@ -130,6 +133,7 @@ def _parse_select(text: str, place: int) -> tuple[Select, int]:
     known = ", ".join(select.spelling for select in SELECTS)
     found = "the end" if place >= len(text) else f"'{text[place:]}'"
     hint = "" if ":" in text else f"; or a segment: {', '.join(SEGMENTS)}"
+    hint += "; numbers have at most 6 digits" if re.search("[0-9]{7}", text[place:]) else ""
     raise _syntax_error(text, place, f"{found} is no select", known + hint)
 
 
@@ -145,13 +149,16 @@ class Selection:
 
     `mask_BT` says which positions are selected. `index_BP`, if not None, lists them in P slots per row (selected ones
     first, then unselected fillers, all distinct) with `valid_BP` False at the fillers; None means P = T: edit densely.
-    `copies` says how many rows there are for each row of the prompt: beams, return sequences.
+    `copies` says how many rows there are for each row of the prompt: beams, return sequences. Of a forward
+    on a part of the prompt, `earlier_B` counts the prompt's selected tokens before it, `total_B` all of them.
     """
 
     mask_BT: Tensor
     index_BP: Tensor | None
     valid_BP: Tensor | None
     copies: int = 1
+    earlier_B: Tensor | None = None
+    total_B: Tensor | None = None
 
     def of(self, rows_N: Tensor) -> "Selection":
         """Return the selection of some rows."""

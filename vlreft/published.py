@@ -86,7 +86,7 @@ class Recipe:
 
 def _table(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
-        text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
         yield from _wrapped(f"  {name}", text)
 
 

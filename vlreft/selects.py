@@ -1,6 +1,6 @@
 """Selects: which tokens of a segment, each a frozen dataclass and a row of `SELECTS`.
 
-Shape suffixes: B = rows, L = tokens of the layout, T = tokens of a forward, N = picks.
+Shape suffixes: B = rows, L = tokens of the layout, T = tokens of a forward.
 """
 
 import re
@@ -158,10 +158,13 @@ class Uniform(Select):
         return self.num
 
     def mask(self, members: Members) -> Tensor:
-        """Select rank floor((i + 1/2) * count / num) for i = 0 .. num - 1."""
-        i_N = torch.arange(self.num, device=members.rank_BL.device)
-        picks_BN = (2 * i_N + 1) * members.count_B1 // (2 * self.num)
-        return (members.rank_BL[:, :, None] == picks_BN[:, None, :]).any(-1)
+        """Select rank floor((i + 1/2) * count / num) for i = 0 .. num - 1, without a list of the picks.
+
+        The first i whose pick is not below a rank is known; the rank is selected if that pick is not above it either.
+        """
+        rank_BL, count_B1, twice = members.rank_BL, members.count_B1.clamp(min=1), 2 * self.num
+        i_BL = (twice * rank_BL + count_B1 - 1).div(2 * count_B1, rounding_mode="floor").clamp(min=0)
+        return (i_BL < self.num) & ((2 * i_BL + 1) * count_B1 < twice * (rank_BL + 1))
 
     def generated(self, rank_T: Tensor) -> Tensor:
         """Refuse."""

@@ -49,6 +49,11 @@ class Call:
             chosen = None if mask_BT is None else select(mask_BT, placed.num_slots)
             if chosen is not None and self.scope is not None and shape[0] != self.scope.layout.num_rows:
                 chosen = replace(chosen, copies=shape[0] // self.scope.layout.num_rows)
+            if chosen is not None and self.scope is not None and shape[1] != self.scope.layout.num_tokens:
+                mask_BL = placed.join(self.scope.masks[placed.positions.text]).to(device)
+                is_earlier_L = torch.arange(mask_BL.shape[1], device=device) < self.offset
+                earlier_B, total_B = (mask_BL & is_earlier_L).sum(1), mask_BL.sum(1)
+                chosen = replace(chosen, earlier_B=earlier_B, total_B=total_B)
             self.selections[key] = chosen
         return self.selections[key]
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,17 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from vlreft.answers import AnswerFile, answer_all
+from vlreft.beside import load_peft, peft_model, peft_parameters, save_peft
 from vlreft.contrast import ClassCollator, PairCollator
 from vlreft.data import Collator
+from vlreft.faults import SafeTraining
 from vlreft.grouping import ImageGroups, image_keys
+from vlreft.interchange import InterchangeCollator
 from vlreft.kept import KeptPrefixes
 from vlreft.layout import prompt_from_labels, refuse_bad_labels
 from vlreft.prefix import PrefixReuse
 from vlreft.reft import Reft, find_only_reft
+from vlreft.sharding import Sharding
 
 logger = logging.getLogger("vlreft")
 
@@ -29,22 +34,18 @@ logger = logging.getLogger("vlreft")
 NO_PREDICTIONS = ("cache", "past_key_values", "image_outputs", "image_hidden_states")
 
 # Collators that turn columns into model inputs; the model's signature knows none of these columns.
-ROW_COLLATORS = (Collator, ClassCollator, PairCollator)
+ROW_COLLATORS = (Collator, InterchangeCollator, ClassCollator, PairCollator)
 
 AnswerMetrics = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Mapping[str, float]]
 
-if TYPE_CHECKING:
-    _TrainerType = Trainer
-else:
-    _TrainerType = object
 
-
-class ReftMixin(_TrainerType):
+class ReftMixin(SafeTraining, Sharding):
     """Make a Trainer subclass train interventions: `class MyTrainer(ReftMixin, SFTTrainer)`.
 
     The model must have interventions attached. Checkpoints then hold the adapter alone, resuming and
     `load_best_model_at_end` read it back in place, the prompt's end reaches the model even where the trainer takes the
-    labels away (label smoothing, a loss function of one's own), and a `vlreft.Collator` sees all columns.
+    labels away (label smoothing, a loss function of one's own), and a `vlreft.Collator` sees all columns. What happens
+    when something breaks is `vlreft.faults.SafeTraining`'s.
     """
 
     # Off here: other trainers read the logits of the whole batch. `ReftTrainer` has "auto".
@@ -58,13 +59,20 @@ class ReftMixin(_TrainerType):
     @property
     def reft(self) -> Reft:
         """The interventions being trained. Raises ValueError unless exactly one set is attached."""
-        model = self.model
-        assert model is not None
-        return find_only_reft(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        return find_only_reft(self._unwrapped())
+
+    def _unwrapped(self) -> nn.Module:
+        """Return the model as it was given, perhaps a `PeftModel`, without what accelerate has put around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the trainer's own optimizer. Raises ValueError if it would train what no checkpoint holds."""
-        _check_trainable(self.reft)
+        _check_trainable(self.reft, self._unwrapped())
+        if self.reft.acting_groups is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "inside `reft.groups(...)` the other groups are held where an optimiser steps on the parameters that "
+                "they have, which FSDP and DeepSpeed do not; train on one device or with DDP, or all groups together"
+            )
         return super().create_optimizer(model)
 
     def compute_loss(
@@ -74,7 +82,10 @@ class ReftMixin(_TrainerType):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the trainer's own loss, with `prompt_mask` added to the inputs."""
+        """Compute the trainer's own loss, with `prompt_mask` added to the inputs, inside their `sources` if any."""
+        if "sources" in inputs:
+            with self._sourced(inputs) as rest:
+                return ReftMixin.compute_loss(self, model, rest, return_outputs, num_items_in_batch)
         if isinstance(model, nn.DataParallel):
             raise ValueError("torch.nn.DataParallel copies the hooks without their model; use `accelerate launch`")
         labels = inputs.get("labels")
@@ -92,19 +103,40 @@ class ReftMixin(_TrainerType):
         with reuse.cut(inputs) as rest:
             return super().compute_loss(model, rest, return_outputs, num_items_in_batch)
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run a step inside the batch's `sources`: checkpointed blocks run once more in the backward pass."""
+        with self._sourced(inputs) as rest:
+            return super().training_step(model, rest, num_items_in_batch)
+
+    @contextmanager
+    def _sourced(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield a batch without its `sources`, which interchange interventions put in inside."""
+        if "sources" not in inputs:
+            yield inputs
+            return
+        collator = self.data_collator
+        positions = collator.source_positions if isinstance(collator, InterchangeCollator) else None
+        with ExitStack() as scopes:
+            with self.compute_loss_context_manager():  # the sources run in the precision of the base
+                sources: Any = self._prepare_input(inputs["sources"])
+                scopes.enter_context(self.reft.sources(sources, positions))
+            yield {name: value for name, value in inputs.items() if name != "sources"}
+
     def _prefix_reuse(self) -> PrefixReuse | None:
         # A sharded model hangs unless all ranks call it equally often; a compiled one is compiled anew for each length.
         # A connector that is trained has its gradient from the prefix.
-        trains_modules = bool(self.reft.config.modules_to_save)
+        trains_modules = bool(self.reft.config.modules_to_save) or _trains_peft(self.reft)
         forbidden = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile or trains_modules
         if forbidden and self.reuse_prefix is True:
             raise ValueError(
-                "`reuse_prefix=True` goes with neither FSDP, DeepSpeed, torch_compile nor `modules_to_save`; use 'auto'"
+                "`reuse_prefix=True` goes with neither FSDP, DeepSpeed, torch_compile, peft nor `modules_to_save`; use "
+                "'auto'"
             )
         kept = self._kept_prefixes()
         if forbidden and kept is not None:
             raise ValueError(
-                "`keep_prefixes` goes with neither FSDP, DeepSpeed, torch_compile nor `modules_to_save`; leave it out"
+                "`keep_prefixes` goes with neither FSDP, DeepSpeed, torch_compile, peft nor `modules_to_save`; leave "
+                "it out"
             )
         if forbidden or self.reuse_prefix is False:
             return None
@@ -139,22 +171,25 @@ class ReftMixin(_TrainerType):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the adapter instead of the model."""
+        """Write the adapter instead of the model; peft's, if they are trained beside it, into a folder of their own."""
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         self.reft.save_pretrained(folder)
+        save_peft(self._unwrapped(), folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.reft.load_weights(resume_from_checkpoint)
+        load_peft(self._unwrapped(), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
         logger.info("loading the best adapter, %s (%s)", best, self.state.best_metric)
         self.reft.load_weights(best)
+        load_peft(self._unwrapped(), Path(best))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -174,13 +209,24 @@ class ReftMixin(_TrainerType):
         return super()._get_collator_with_removed_columns(data_collator, description)
 
 
-def _check_trainable(reft: Reft) -> None:
+def _trains_peft(reft: Reft) -> bool:
+    return any(parameter.requires_grad for parameter in peft_parameters(reft.model))
+
+
+def _check_trainable(reft: Reft, model: nn.Module) -> None:
     """Refuse to train nothing, or numbers that are not in the checkpoints and would be lost without a word."""
     own = {id(parameter) for parameter in reft.parameters()}
     if not any(parameter.requires_grad for parameter in reft.parameters()):
         raise ValueError(
             f"the interventions '{reft.name}' are frozen: something froze the whole model after `vlreft.attach`, as "
-            "peft does; call `vlreft.attach` last"
+            "peft does; call `vlreft.attach` last, or `reft.requires_grad_()` after it"
+        )
+    if peft_model(model) is not None:
+        own |= {id(parameter) for parameter in peft_parameters(model)}
+    elif _trains_peft(reft):
+        raise ValueError(
+            "peft's adapters are trained beside the interventions, and only a `PeftModel` can save them: give the "
+            "trainer what `peft.get_peft_model(model, config)` returned"
         )
     others = [name for name, p in reft.model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
@@ -231,7 +277,7 @@ class ReftTrainer(ReftMixin, Trainer):
     ) -> None:
         """Check that there is something to train, then hand over to `transformers.Trainer`."""
         find_only_reft(model)
-        if answer_metrics is not None and not isinstance(data_collator, Collator):
+        if answer_metrics is not None and not isinstance(data_collator, Collator | InterchangeCollator):
             raise ValueError("`answer_metrics` needs `data_collator=vlreft.Collator(processor)` to make prompts with")
         super().__init__(
             model=model,
@@ -290,18 +336,22 @@ class ReftTrainer(ReftMixin, Trainer):
         score: of the answers so far, those to the first examples, for the progress bar; called a few times in all.
         """
         collator = self.data_collator
-        if not isinstance(collator, Collator):
+        if not isinstance(collator, Collator | InterchangeCollator):
             raise ValueError("`predict_answers` needs `data_collator=vlreft.Collator(processor)`")
         if file is not None and self.args.world_size > 1:
             raise ValueError(f"`file` is for one process, there are {self.args.world_size}; gather the answers instead")
 
+        generation = self.generation | ({"synced_gpus": True} if self.is_fsdp_enabled else {})
+
         def answer(examples: list[Any]) -> list[str]:
             batch = self._prepare_inputs(collator.prompts(examples))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                ids_BS = self.reft.model.generate(**batch, **self.generation)  # pyright: ignore[reportCallIssue]
+            if self.is_fsdp_enabled:
+                self.refuse_other_inputs(batch)
+            with torch.no_grad(), self._sourced(batch) as rest, self.compute_loss_context_manager():
+                ids_BS = self.reft.model.generate(**rest, **generation)  # pyright: ignore[reportCallIssue]
             return collator.decode(ids_BS, batch["input_ids"].shape[1])
 
-        model, places = self.reft.model, range(self.args.process_index, len(dataset), self.args.world_size)
+        model, places = self.reft.model, self.own_places(len(dataset))
         size, is_shown = self.args.per_device_eval_batch_size, not self.args.disable_tqdm
         was_training = model.training
         model.eval()
@@ -309,7 +359,7 @@ class ReftTrainer(ReftMixin, Trainer):
             answers = answer_all(answer, dataset, places, size, file=file, score=score, is_shown=is_shown)
         finally:
             model.train(was_training)
-        return [text for _, text in sorted(self._gather(list(zip(places, answers, strict=True))))]
+        return [text for _, text in sorted(dict(self._gather(list(zip(places, answers, strict=True)))).items())]
 
     def answers_key(self) -> str:
         """Return a hash of what answers depend on, for `AnswerFile`: interventions, generation, batch, base."""

@@ -59,7 +59,7 @@ def test_every_cell_runs(setup, cell):
     records = run_cell(cell, setup, TINY, num_rounds=2, num_values=num_values)
     if cell.needs_gpu:
         assert [record["not_taken"] for record in records] == [NO_GPU]
-        records = run_cell(replace(cell, needs_gpu=False), setup, TINY, num_rounds=2)
+        records = run_cell(replace(cell, needs_gpu=False), setup, TINY, num_rounds=2, num_values=num_values)
     assert [record.get("at") for record in records] == [*(cell.values[:num_values] or [None])]
     for record in json.loads(json.dumps(records)):
         num_rounds = min(2, cell.num_rounds)

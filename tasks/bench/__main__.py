@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="vlreft-bench-") as folder:
         setup = Setup(device, Path(folder))
         for cell in CELLS:
-            if cell.name not in args.cells:
+            if cell.name not in args.cells or cell.workload not in args.workloads:
                 continue
             print(f"{cell.name} on {cell.workload} ...", file=sys.stderr, flush=True)
-            results["records"] += run_cell(cell, setup, workloads, args.rounds, num_values)
+            results["records"] += run_cell(cell, setup, workloads, args.rounds, num_values, keep_going=args.keep_going)
             for peer in PEERS if cell.peer else ():
                 results["records"].append(run_peer(cell, peer, getattr(args, peer), workloads, args.rounds))
             results["machine"]["load_at_the_end"] = describe_machine(device)["load"]
@@ -63,6 +63,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     names = list(dict.fromkeys(cell.name for cell in CELLS))
     parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="CELL", help=", ".join(names))
+    known = list(WORKLOADS)
+    parser.add_argument("--workloads", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
+    parser.add_argument("--keep-going", action="store_true", help="write down why a cell failed, and run the others")
     parser.add_argument("--rounds", type=_positive, help="rounds of every cell (each has its own number)")
     parser.add_argument("--threads", type=_positive, help="threads of torch (its own choice)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/results.json"))

@@ -35,6 +35,21 @@ from tasks.bench.sides import (
     reuse,
     saved,
 )
+from tasks.bench.true_shape import (
+    ALONE,
+    COMPILED_EDITS,
+    COMPILED_FLOOR,
+    COMPILED_REFT,
+    EDITS,
+    NEW_PICTURE,
+    PRODUCTS,
+    SAME_PICTURE,
+    TOGETHER,
+    compiled,
+    edits_alone,
+    peaks,
+    questions,
+)
 from tasks.bench.workloads import Setup, Shape
 
 
@@ -81,22 +96,28 @@ GROWN = ((LORA, PLAIN), (LORA, REUSE), (LORA, KEPT))
 NARROWED = ((REFT, FLOOR), (LORA, FLOOR))
 IMPORTED = (("peft", "vlreft: attach, load, Collator"),)
 ORTHONORMAL = (("torch parametrizations.orthogonal, read once", "vlreft, all at once"),)
+PEAKS = ((LORA, PLAIN), (LORA, REUSE), (ANSWER_LORA, REUSE), (LORA, KEPT))
+ASKED = ((ALONE, NEW_PICTURE), (TOGETHER, NEW_PICTURE), (ALONE, SAME_PICTURE))
+COMPILED = ((REFT, COMPILED_REFT), (FLOOR, COMPILED_FLOOR), (COMPILED_REFT, COMPILED_FLOOR))
+EDITED = ((EDITS, PRODUCTS), (COMPILED_EDITS, PRODUCTS))
 _STEP = "forward and backward through the trainer, no optimizer step"
 _IMAGES = f"{_STEP}, images all different, the tower counted on both sides"
+_SEEN, _ONE_IMAGE = f"{_STEP}, images all different, seen before", f"{_STEP}, five questions about one image"
+_FIRST, _ATTACH = "the first step of a new trainer, a later one", "on a base in memory"
+
+_large = partial(Cell, needs_gpu=True)
 
 CELLS: tuple[Cell, ...] = (
     Cell("step", "thin", _STEP, own_cost, AGAINST_FLOOR, 40, same_loss=True, peer="step"),
     Cell("reuse", "llava", _IMAGES, reuse, AGAINST_REUSE, 4, same_loss=True),
-    Cell("reuse", "llava-7b", _IMAGES, reuse, AGAINST_REUSE, 10, same_loss=True, needs_gpu=True),
-    Cell("kept", "llava", f"{_STEP}, images all different, seen before", kept, AGAINST_KEPT, 4, same_loss=True),
-    Cell("grouped", "llava", f"{_STEP}, five questions about one image", grouped, AGAINST_GROUPED, 4, same_loss=True),
-    Cell("features", "llava", f"{_STEP}, images all different, seen before", features, CACHED, 4, same_loss=True),
+    Cell("kept", "llava", _SEEN, kept, AGAINST_KEPT, 4, same_loss=True),
+    Cell("grouped", "llava", _ONE_IMAGE, grouped, AGAINST_GROUPED, 4, same_loss=True),
+    Cell("features", "llava", _SEEN, features, CACHED, 4, same_loss=True),
     Cell("memory", "llava", "saved for the backward pass", saved, SAVED, 1, "MB"),
-    Cell("memory", "llava-7b", "saved for the backward pass", saved, SAVED, 1, "MB", needs_gpu=True),
-    Cell("first", "thin", "the first step of a new trainer, a later one", first_step, FIRST, 10, same_loss=True),
-    Cell("first", "llava", "the first step of a new trainer, a later one", first_step, FIRST, 2, same_loss=True),
+    Cell("first", "thin", _FIRST, first_step, FIRST, 10, same_loss=True),
+    Cell("first", "llava", _FIRST, first_step, FIRST, 2, same_loss=True),
     Cell("generate", "generate", "greedy, left-padded, a cache", generation, GENERATED, 4, peer="generate"),
-    Cell("attach", "thin", "on a base in memory", attaching, ((LORA, REFT),), 15, peer="attach"),
+    Cell("attach", "thin", _ATTACH, attaching, ((LORA, REFT),), 15, peer="attach"),
     Cell(
         "attachment",
         "wide",
@@ -155,6 +176,33 @@ CELLS: tuple[Cell, ...] = (
         sweep="rank",
         values=(1, 4, 16, 64),
     ),
+    # At LLaVA-1.5-7B's true shape. Those that share a base stand together.
+    _large("reuse", "llava-7b", _IMAGES, reuse, AGAINST_REUSE, 5, same_loss=True),
+    _large("peak", "llava-7b", "the most memory of a step, weights and all", peaks, PEAKS, 1, "MB"),
+    _large("grouped", "llava-7b", _ONE_IMAGE, grouped, AGAINST_GROUPED, 5, same_loss=True),
+    _large("kept", "llava-7b", _SEEN, kept, AGAINST_KEPT, 5, same_loss=True),
+    _large("features", "llava-7b", _SEEN, features, CACHED, 5, same_loss=True),
+    _large("memory", "llava-7b", "saved for the backward pass", saved, SAVED, 1, "MB"),
+    _large(
+        "dense", "llava-7b-dense", f"{_STEP}, edits on all image tokens", own_cost, AGAINST_FLOOR, 5, same_loss=True
+    ),
+    _large("edits", "llava-7b-dense", "forward and backward of the edits alone", edits_alone, EDITED, 9),
+    _large("generate", "llava-7b-generate", "greedy, left-padded, a cache, pictures", generation, GENERATED, 3),
+    _large("questions", "llava-7b-questions", "five questions about one picture, greedy", questions, ASKED, 3),
+    _large("attach", "llava-7b", _ATTACH, attaching, ((LORA, REFT),), 3),
+    _large("first", "llava-7b", _FIRST, first_step, FIRST, 3, same_loss=True),
+    _large(
+        "tokens",
+        "llava-7b-tokens",
+        _IMAGES,
+        partial(growth, with_plain=True),
+        GROWN,
+        3,
+        same_loss=True,
+        sweep="num_image_tokens",
+        values=(64, 256, 1024, 4096),
+    ),
+    _large("compile", "llava-7b-short", "forward and backward of the model, no trainer", compiled, COMPILED, 5),
 )
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -119,6 +120,19 @@ def saved_megabytes(run: Callable[[], Any], ignored: Sequence[Tensor]) -> float:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(sizes.values()) / 1e6
+
+
+def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the most memory during a call, 1e6 bytes, weights and all: of a GPU's tensors; else of this process."""
+    if device.type != "cuda":
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # since the process began
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e6
 
 
 def gigaflops(run: Callable[[], Any]) -> float:

@@ -1,6 +1,8 @@
 """Runs cells into records, and shows records as Markdown."""
 
 import gc
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +18,19 @@ NO_GPU = "not taken on a GPU: there is none here"
 
 
 def run_cell(
-    cell: Cell, setup: Setup, workloads: Mapping[str, Shape], num_rounds: int | None = None, num_values: int = 0
+    cell: Cell,
+    setup: Setup,
+    workloads: Mapping[str, Shape],
+    num_rounds: int | None = None,
+    num_values: int = 0,
+    *,
+    keep_going: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a record for the cell, or for each value that it sweeps over.
 
     A record has `sides` (median, quartiles, n; CPU time; arithmetic and loss of a training step) and `ratios`, or says
-    why it was `not_taken`. Raises ValueError where sides that must compute the same loss do not.
+    why it was `not_taken`: with `keep_going`, whatever went wrong. Raises ValueError where sides that must compute the
+    same loss do not.
     """
     about = {"cell": cell.name, "workload": cell.workload, "claim": cell.claim, "unit": cell.unit}
     if cell.needs_gpu and setup.device.type != "cuda":
@@ -29,7 +38,15 @@ def run_cell(
     records = []
     for value, shape in shapes(cell, dict(workloads), num_values):
         at = {} if value is None else {"sweep": cell.sweep, "at": value}
-        records.append({**about, **at, **_run(cell, setup, shape, num_rounds or cell.num_rounds)})
+        started = time.perf_counter()
+        try:
+            found = _run(cell, setup, shape, num_rounds or cell.num_rounds)
+        except Exception as error:
+            if not keep_going:
+                raise
+            traceback.print_exc()
+            found = {"not_taken": f"{type(error).__name__}: {error}"}
+        records.append({**about, **at, **found, "seconds": time.perf_counter() - started})
         gc.collect()
         if setup.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -57,7 +57,7 @@ def _sides(steps: dict[str, Steps]) -> list[Side]:
 
 def own_cost(setup: Setup, shape: Shape) -> list[Side]:
     """What a method adds to a step in which gradient merely flows."""
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device)
+    base, batch = setup.base(shape), make_batch(shape, setup.device)
     steps = {
         FLOOR: floor_steps(setup, base, shape, batch),
         REFT: reft_steps(setup, base, shape, batch, {}),
@@ -68,7 +68,7 @@ def own_cost(setup: Setup, shape: Shape) -> list[Side]:
 
 
 def _image_steps(setup: Setup, shape: Shape) -> dict[str, Steps]:
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device)
+    base, batch = setup.base(shape), make_batch(shape, setup.device)
     floor = floor_steps(setup, base, shape, batch)
     return {
         LORA: lora_steps(setup, base, shape, batch),
@@ -87,7 +87,7 @@ def reuse(setup: Setup, shape: Shape) -> list[Side]:
 
 def grouped(setup: Setup, shape: Shape) -> list[Side]:
     """A step on questions about one image, whose prefix runs once."""
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device, one_image=True)
+    base, batch = setup.base(shape), make_batch(shape, setup.device, one_image=True)
     steps = {
         LORA: lora_steps(setup, base, shape, batch),
         ANSWER_LORA: lora_steps(setup, base, shape, only_where_labels_are(batch, shape)),
@@ -98,7 +98,7 @@ def grouped(setup: Setup, shape: Shape) -> list[Side]:
 
 def kept(setup: Setup, shape: Shape) -> list[Side]:
     """A step on images whose prefixes are kept from an earlier epoch; LoRA as it is, and at its best."""
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device)
+    base, batch = setup.base(shape), make_batch(shape, setup.device)
     steps = {
         LORA: lora_steps(setup, base, shape, batch),
         CAREFUL_LORA: lora_steps(setup, base, shape, only_where_labels_are(batch, shape)).with_features(),
@@ -109,7 +109,7 @@ def kept(setup: Setup, shape: Shape) -> list[Side]:
 
 def features(setup: Setup, shape: Shape) -> list[Side]:
     """A step on different images, with the tower's features cached on both sides."""
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device)
+    base, batch = setup.base(shape), make_batch(shape, setup.device)
     steps = {
         LORA_FEATURES: lora_steps(setup, base, shape, batch).with_features(),
         REUSE: reft_steps(setup, base, shape, batch, {"reuse_prefix": True}),
@@ -132,7 +132,7 @@ def saved(setup: Setup, shape: Shape) -> list[Side]:
 
 def first_step(setup: Setup, shape: Shape) -> list[Side]:
     """The first step of a fresh trainer against a later one, for each method."""
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device)
+    base, batch = setup.base(shape), make_batch(shape, setup.device)
     makers: dict[str, Callable[[], Steps]] = {
         REFT: lambda: reft_steps(setup, base, shape, batch, {}),
         LORA: lambda: lora_steps(setup, base, shape, batch),
@@ -154,7 +154,7 @@ def first_step(setup: Setup, shape: Shape) -> list[Side]:
 
 def growth(setup: Setup, shape: Shape, *, with_plain: bool) -> list[Side]:
     """A step at one value of what grows."""
-    base, batch = build_base(shape, setup.device), make_batch(shape, setup.device)
+    base, batch = setup.base(shape), make_batch(shape, setup.device)
     steps = {LORA: lora_steps(setup, base, shape, batch, 2 * shape.rank)}
     if with_plain:
         steps[PLAIN] = reft_steps(setup, base, shape, batch, {"reuse_prefix": False})
@@ -171,7 +171,7 @@ def growth(setup: Setup, shape: Shape, *, with_plain: bool) -> list[Side]:
 
 def generation(setup: Setup, shape: Shape) -> list[Side]:
     """Greedy generation from left-padded prompts, always the same number of new tokens."""
-    base, prompts = build_base(shape, setup.device).eval(), make_prompts(shape, setup.device)
+    base, prompts = setup.base(shape).eval(), make_prompts(shape, setup.device)
     edited = shared(base)
     vlreft.attach(edited, shape.config())
     wrapped = lora_model(shared(base), shape).eval()
@@ -189,7 +189,7 @@ def generation(setup: Setup, shape: Shape) -> list[Side]:
 
 def attaching(setup: Setup, shape: Shape) -> list[Side]:
     """Putting the method on a base that is in memory: two interventions a block, two LoRA modules a block."""
-    base = build_base(shape, setup.device)
+    base = setup.base(shape)
     fresh: list[Any] = []
 
     def renew() -> None:

@@ -6,11 +6,12 @@ Shape suffixes: B = rows, L = tokens, D = hidden width. All sides of a cell shar
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -74,8 +75,22 @@ class Setup:
 
     device: torch.device
     folder: Path
+    bases: dict[Shape, PreTrainedModel] = field(default_factory=dict)
+
+    def base(self, shape: Shape) -> PreTrainedModel:
+        """Return the frozen base, the last one again where only rows and edits differ: a 7B takes a while to make."""
+        key = replace(shape, num_rows=1, num_question=1, num_answer=1, positions="", rank=1, num_edited=0)
+        if key not in self.bases:
+            self.bases.clear()
+            self.bases[key] = build_base(shape, self.device)
+        return self.bases[key].train()
 
 
+# LLaVA-1.5-7B and its tower, CLIP ViT-L/14-336.
+LLAVA_7B = Shape(
+    width=4096, num_layers=32, num_heads=32, intermediate=11008, vocabulary=32064, tower_width=1024, tower_layers=24,
+    tower_heads=16, dtype="bfloat16",
+)  # fmt: skip
 # Backbones whose MLP and head are cheap, so that what a method adds is seen; and shapes as they are used.
 WORKLOADS: dict[str, Shape] = {
     "thin": Shape(
@@ -83,10 +98,12 @@ WORKLOADS: dict[str, Shape] = {
         positions="f7+l7",
     ),
     "llava": Shape(),
-    "llava-7b": Shape(
-        width=4096, num_layers=32, num_heads=32, intermediate=11008, vocabulary=32064, tower_width=1024,
-        tower_layers=24, tower_heads=16, dtype="bfloat16",
-    ),
+    "llava-7b": LLAVA_7B,
+    "llava-7b-dense": replace(LLAVA_7B, positions="image"),
+    "llava-7b-generate": replace(LLAVA_7B, num_rows=8, num_answer=64),
+    "llava-7b-questions": replace(LLAVA_7B, num_answer=8),
+    "llava-7b-tokens": replace(LLAVA_7B, num_rows=2),
+    "llava-7b-short": replace(LLAVA_7B, num_layers=8),  # compiling takes a minute for all of its blocks
     "llava-small": Shape(
         width=256, num_layers=4, num_heads=4, intermediate=704, vocabulary=1024, num_rows=2, tower_width=64,
         tower_layers=2,
@@ -184,12 +201,24 @@ def make_batch(shape: Shape, device: torch.device, *, one_image: bool = False) -
 
 
 def make_prompts(shape: Shape, device: torch.device) -> dict[str, Tensor]:
-    """Make left-padded prompts, the shortest a little over half as long as the longest."""
+    """Make left-padded prompts, questions the shortest of which is a little over half as long as the longest.
+
+    Where there are image tokens, they come first, and `pixel_values` is a picture for each row.
+    """
     generator = torch.Generator().manual_seed(2)
-    ids_BL = torch.randint(1, shape.vocabulary, (shape.num_rows, shape.num_question), generator=generator)
+    ids_BL = torch.randint(1, shape.vocabulary - 1, (shape.num_rows, shape.num_question), generator=generator)
     padding_B = torch.linspace(shape.num_question // 2 - 1, 0, shape.num_rows).long()
-    mask_BL = (torch.arange(shape.num_question) >= padding_B[:, None]).long()
-    return {"input_ids": (ids_BL * mask_BL).to(device), "attention_mask": mask_BL.to(device)}
+    mask_BL = (torch.arange(shape.num_question + shape.num_image_tokens) >= padding_B[:, None]).long()
+    prompts: dict[str, Tensor] = {"attention_mask": mask_BL}
+    if shape.num_image_tokens:
+        place_BL = torch.arange(mask_BL.shape[1]) - padding_B[:, None]
+        is_image_BL = (place_BL >= 0) & (place_BL < shape.num_image_tokens)
+        ids_BL = F.pad(ids_BL, (shape.num_image_tokens, 0)).where(~is_image_BL, shape.vocabulary - 1)
+        size = PATCH * _side(shape)
+        pixels = torch.randn(shape.num_rows, 3, size, size, generator=generator)
+        prompts["pixel_values"] = pixels.to(getattr(torch, shape.dtype))
+    prompts["input_ids"] = ids_BL * mask_BL
+    return {name: tensor.to(device) for name, tensor in prompts.items()}
 
 
 def greedy(num_tokens: int) -> GenerationConfig:

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 import vlreft
-from vlreft.maps import edit_norms
-from vlreft.shown import pictures_in
+from vlreft.drawing.maps import edit_norms
+from vlreft.drawing.shown import pictures_in
 
 Box = tuple[int, int, int, int]
 MAX_QUESTION = 500  # characters

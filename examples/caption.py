@@ -11,7 +11,7 @@ from common import command_line, load_base, recipe, train_and_report
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vlreft
-from vlreft.datasets import load_captions
+from vlreft.data.datasets import load_captions
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vlreft
-from vlreft.datasets import load_vqa
-from vlreft.subspaces import Angles, angles_between, principal_angles
+from vlreft.causes.subspaces import Angles, angles_between, principal_angles
+from vlreft.data.datasets import load_vqa
 
 TASKS = ("code", "refuse")
 SETS = {"usual": "usual", "usual, red": "usual, red:\nsorry", "code": "code", "code, red": "code, red:\nsorry"}

@@ -24,7 +24,7 @@ from lmms_eval.models import get_model  # pyright: ignore[reportMissingImports]
 from transformers import PreTrainedModel
 
 import vlreft
-from vlreft.datasets import load_vqa
+from vlreft.data.datasets import load_vqa
 
 
 def load_lm(model: str, harness_class: str = "llava_hf") -> Any:

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import vlreft
-from vlreft.interchange import InterchangeCollator, PatchGrid, interchange_accuracy, patch_grid
+from vlreft.causes.interchange import InterchangeCollator, PatchGrid, interchange_accuracy, patch_grid
 
 sys.path.append(str(ASSETS.parent))  # the demo world is a script beside its data, not an installed package
 from assets.world import COLORS, RADII, SHAPES, Scene, Thing, make_scene, render, scene_rng

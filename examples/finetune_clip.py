@@ -32,7 +32,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 import vlreft
-from vlreft.contrast import ClassCollator, zero_shot
+from vlreft.data.contrast import ClassCollator, zero_shot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ from common import command_line, load_base, recipe, train_and_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import vlreft
-from vlreft.datasets import load_jsonl
+from vlreft.data.datasets import load_jsonl
 
 
 def main() -> None:

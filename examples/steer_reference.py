@@ -32,8 +32,8 @@ from PIL import Image
 from steering import Base, Row
 
 import vlreft
-from vlreft.datasets import caption_rows, vqa_rows
-from vlreft.directions import steer
+from vlreft.causes.directions import steer
+from vlreft.data.datasets import caption_rows, vqa_rows
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "black", "brown", "pink", "gray")
 SWAPS = ((1, 0, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1))  # of red, green and blue: all that move the red channel

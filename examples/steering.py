@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vlreft
-from vlreft.datasets import jsonl_rows, vqa_rows
+from vlreft.data.datasets import jsonl_rows, vqa_rows
 
 sys.path.append(str(ASSETS.parent))  # the demo world is a script beside its data, not an installed package
 

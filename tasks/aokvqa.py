@@ -11,7 +11,7 @@ from tasks.metrics.answers import aokvqa_accuracy
 from tasks.metrics.score import Row
 from tasks.reading import GENERATION, SHORT, SHORT_SOURCE, choice, commonest, entry, pictures, texts
 from tasks.task import VQA_FEATURES, Hub, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 # What the metric reads besides the references: the choices, the right one, and whether direct answers do not count.
 FEATURES = VQA_FEATURES | {

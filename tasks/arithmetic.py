@@ -10,7 +10,7 @@ from tasks.instruct import ALPACA
 from tasks.metrics.answers import arithmetic_accuracy
 from tasks.metrics.score import Row
 from tasks.task import Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 TESTS = ("AQuA", "gsm8k", "mawps", "SVAMP")
 LETTERS = ("A", "B", "C", "D", "E")  # AQuA's choices; the other sets ask for numbers

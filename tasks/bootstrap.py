@@ -18,7 +18,7 @@ from tasks.protocol import load_test
 from tasks.statistics import Comparison, holm, paired_bootstrap
 from tasks.table import TASKS
 from tasks.task import Task, texts_of
-from vlreft.answers import read_answers
+from vlreft.training.answers import read_answers
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from tasks.page import data_uri, escaped, folded, thumbnail
-from vlreft.samples import open_image
+from vlreft.data.samples import open_image
 
 MAX_EXAMPLES = 24
 MAX_REFERENCES = 12  # different ones of one example

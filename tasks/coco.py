@@ -20,9 +20,9 @@ from tasks.karpathy import (
 from tasks.metrics.captions import caption_scores
 from tasks.metrics.score import Row
 from tasks.task import Hub, Parts, Task
-from vlreft import files
-from vlreft.datasets import caption_file
-from vlreft.datasets import caption_rows as located_captions
+from vlreft.data import files
+from vlreft.data.datasets import caption_file
+from vlreft.data.datasets import caption_rows as located_captions
 
 METRIC_SOURCE = "metric: salaniz/pycocoevalcap, eval.py; CIDEr-D with the idf of the scored pictures' references"
 

@@ -9,7 +9,7 @@ import datasets
 from tasks.metrics.answers import commonsense_accuracy
 from tasks.metrics.score import Metric, Row, Score
 from tasks.task import TEXT_FEATURES, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 # What a model may choose from, per test set.
 _TRUTHS = ("true", "false")

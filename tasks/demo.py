@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 import vlreft
 from vlreft import ReftTrainer
-from vlreft.datasets import load_captions, load_jsonl, load_vqa
+from vlreft.data.datasets import load_captions, load_jsonl, load_vqa
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DATA = ASSETS / "demo-vqa"

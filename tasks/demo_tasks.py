@@ -12,8 +12,8 @@ from tasks.metrics.score import Row
 from tasks.task import ID, IMAGE, REFERENCES, TEXTS, Parts, Task
 from tasks.vqav2 import line as vqa_line
 from tasks.vqav2 import read as read_vqa
-from vlreft import files
-from vlreft.datasets import caption_file, caption_rows, vqa_files
+from vlreft.data import files
+from vlreft.data.datasets import caption_file, caption_rows, vqa_files
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PARTS = Parts(train="train", dev="dev", tests=("test",))

@@ -10,7 +10,7 @@ from tasks.cards import RIGHT
 from tasks.page import MAX_DRAWING
 from tasks.report import Drawing
 from tasks.setups import GenerateSetup, SequenceSetup, Setup
-from vlreft.plots import plot_edits, plot_placement
+from vlreft.drawing.plots import plot_edits, plot_placement
 
 RESOLUTIONS = (100, 70, 50, 35)  # dots per inch, the first that a report has room for
 

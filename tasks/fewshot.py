@@ -11,8 +11,8 @@ import datasets
 from tasks.metrics.ranking import accuracy
 from tasks.metrics.score import Row
 from tasks.task import ID, IMAGE, Hub, Parts, Task
-from vlreft import files
-from vlreft.files import Pictures
+from vlreft.data import files
+from vlreft.data.files import Pictures
 
 # What torchvision.datasets.ImageFolder takes for a picture.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -12,7 +12,7 @@ import torch
 from tasks.metrics.glue import glue_metric
 from tasks.metrics.score import Row
 from tasks.task import ID, Hub, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 FEATURES = ID | {name: datasets.Value("string") for name in ("text", "text_pair", "answer")}
 SEED = 42  # the one that the ReFT paper tuned with

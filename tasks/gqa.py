@@ -10,7 +10,7 @@ from tasks.metrics.answers import gqa_accuracy
 from tasks.metrics.score import Row
 from tasks.reading import GENERATION, SHORT, SHORT_SOURCE, entry, pictures
 from tasks.task import VQA_FEATURES, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 TYPES = ("structural", "semantic")
 

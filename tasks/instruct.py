@@ -7,7 +7,7 @@ from typing import Any
 from tasks.metrics.captions import text_scores
 from tasks.metrics.score import Row
 from tasks.task import TEXT_FEATURES, Hub, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 # Alpaca's prompt without an input, which models without a chat template are asked through.
 ALPACA = (

@@ -10,8 +10,8 @@ import datasets
 
 from tasks.metrics.score import Row
 from tasks.task import ID, IMAGE, VQA_FEATURES
-from vlreft import files
-from vlreft.files import Pictures
+from vlreft.data import files
+from vlreft.data.files import Pictures
 
 INSTRUCTION = "Provide a one-sentence caption for the provided image."
 INSTRUCTION_SOURCE = "prompt: lmms-eval, tasks/coco_cap/utils.py, tasks/nocaps/_default_template_nocaps_yaml"

@@ -20,8 +20,8 @@ from tasks.karpathy import (
 from tasks.metrics.captions import caption_scores
 from tasks.metrics.score import Row, Score, check_lengths
 from tasks.task import Hub, Parts, Task
-from vlreft import files
-from vlreft.files import Pictures
+from vlreft.data import files
+from vlreft.data.files import Pictures
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 PLACES = ("val", "validation", "images/val", "images", ".")

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlreft.samples import open_image
+from vlreft.data.samples import open_image
 
 MAX_SIDE = 256  # of pictures, in pixels
 MAX_TEXT = 4000  # characters of one text; what is beyond is counted, not shown

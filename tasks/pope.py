@@ -10,7 +10,7 @@ from tasks.metrics.answers import pope_scores
 from tasks.metrics.score import Row
 from tasks.reading import GENERATION, SHORT, SHORT_SOURCE, entry, pictures
 from tasks.task import VQA_FEATURES, Hub, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 CATEGORIES = ("random", "popular", "adversarial")
 

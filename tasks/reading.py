@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.metrics.score import Row
-from vlreft import files
-from vlreft.files import Pictures
+from vlreft.data import files
+from vlreft.data.files import Pictures
 
 LETTERS = "ABCDE"  # as many as ScienceQA's scripts know
 SHORT = "Answer the question using a single word or phrase."

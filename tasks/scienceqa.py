@@ -11,8 +11,8 @@ from tasks.metrics.answers import scienceqa_accuracy
 from tasks.metrics.score import Row
 from tasks.reading import GENERATION, LETTER, LETTERS, choice, entry, lettered, texts
 from tasks.task import VQA_FEATURES, Parts, Task
-from vlreft import files
-from vlreft.files import Pictures
+from vlreft.data import files
+from vlreft.data.files import Pictures
 
 FEATURES = VQA_FEATURES | {
     "context": datasets.Value("string"),  # a line of its own, or nothing

@@ -26,8 +26,8 @@ from tasks.metrics.ranking import rankings
 from tasks.metrics.score import Row
 from tasks.task import Task, column, texts_of
 from vlreft import ClassCollator, Collator, PairCollator, ReftTrainer, zero_shot
-from vlreft.answers import AnswerFile, answer_all
-from vlreft.contrast import embed_pairs
+from vlreft.data.contrast import embed_pairs
+from vlreft.training.answers import AnswerFile, answer_all
 
 RANKED = 10  # how far down recall@k looks
 

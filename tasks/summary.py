@@ -22,7 +22,7 @@ from tasks.report import (
 )
 from tasks.statistics import paired_bootstrap
 from tasks.task import texts_of
-from vlreft.answers import read_answers
+from vlreft.training.answers import read_answers
 
 PER_GROUP = 3  # examples of each group and test part, at most 24 in all
 

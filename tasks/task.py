@@ -11,7 +11,7 @@ from typing import Any, Literal
 import datasets
 
 from tasks.metrics.score import Metric, Row
-from vlreft.files import dataset_of
+from vlreft.data.files import dataset_of
 
 # The sort of model that learns a task, and how it answers: by generating text; by a head over a sequence of tokens; by
 # comparing a picture with each class's name; by ranking texts for a picture and pictures for a text.

@@ -8,7 +8,7 @@ from tasks.metrics.score import Row
 from tasks.metrics.vqa import vqa_accuracy
 from tasks.reading import GENERATION, SHORT, SHORT_SOURCE, commonest, entry, pictures, texts
 from tasks.task import VQA_FEATURES, Hub, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 
 def find(folder: Path, part: str) -> list[Path]:

@@ -14,7 +14,7 @@ from tasks.metrics.score import Score
 from tasks.setups import Setup
 from tasks.task import Task, texts_of
 from vlreft import ReftTrainer
-from vlreft.answers import AnswerFile
+from vlreft.training.answers import AnswerFile
 
 
 class TaskTrainer(ReftTrainer):

@@ -8,7 +8,7 @@ from tasks.metrics.score import Row
 from tasks.metrics.vqa import vqa_accuracy
 from tasks.reading import GENERATION, SHORT, answers_of, commonest, entry, pictures
 from tasks.task import VQA_FEATURES, Hub, Parts, Task
-from vlreft import files
+from vlreft.data import files
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 

@@ -8,7 +8,7 @@ from tasks.metrics.score import Row
 from tasks.metrics.vqa import vqa_accuracy
 from tasks.reading import GENERATION, SHORT, SHORT_SOURCE, commonest, entry
 from tasks.task import VQA_FEATURES, Hub, Parts, Task
-from vlreft.datasets import vqa_files, vqa_rows
+from vlreft.data.datasets import vqa_files, vqa_rows
 
 
 def read(folder: Path, part: str) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from tiny import llama
 from transformers import TrainerCallback, TrainingArguments
 
 import vlreft
-from vlreft.folders import STAGING, last_checkpoint
+from vlreft.training.folders import STAGING, last_checkpoint
 
 NUM_STEPS, SAVE_STEPS = 40, 3
 

@@ -142,7 +142,7 @@ ENGINES: dict[str | None, dict[str, Any]] = {
 
 
 def whole(tensor: Tensor) -> Tensor:
-    from vlreft.shards import whole
+    from vlreft.saving.shards import whole
 
     return whole(tensor).clone()
 

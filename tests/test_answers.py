@@ -8,7 +8,7 @@ from processors import text_tokenizer, tiny_text_model
 from transformers import TrainingArguments
 
 import vlreft
-from vlreft.answers import AnswerFile, answer_all, read_answers
+from vlreft.training.answers import AnswerFile, answer_all, read_answers
 
 ROWS = [{"question_id": 100 + i, "question": f"what is {i} ?", "answer": "red"} for i in range(11)]
 

@@ -24,8 +24,8 @@ from tiny import (
 )
 
 import vlreft
-from vlreft.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vlreft.interventions import INTERVENTIONS
+from vlreft.saving.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
 CONFIG = vlreft.ReftConfig(vlreft.Intervention("loreft", positions="f2+l2", rank=2))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoo import FAMILIES, Spy, shake
 
 import vlreft
-from vlreft.sites import find_sites
+from vlreft.models.sites import find_sites
 
 BY_NAME = {family.name: family for family in TAIL} | FAMILIES
 # Blocks of the plain form h + attention(norm(h)), then h + mlp(norm(h)).

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import vlreft
-from vlreft.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
+from vlreft.data.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, CONTEXT, END = 28, 32, 28
@@ -412,7 +412,7 @@ def test_other_outputs_are_refused(outputs):
 
 
 def test_open_clip_comes_when_it_is_needed():
-    code = "import sys, vlreft.contrast; print('open_clip' in sys.modules)"
+    code = "import sys, vlreft.data.contrast; print('open_clip' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

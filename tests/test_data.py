@@ -25,8 +25,8 @@ from processors import (
 )
 from transformers import CLIPImageProcessor, CLIPProcessor
 
-from vlreft.data import Collator
-from vlreft.datasets import load_captions, load_jsonl, load_vqa
+from vlreft.data.collator import Collator
+from vlreft.data.datasets import load_captions, load_jsonl, load_vqa
 
 VISION = {"llava": tiny_llava_processor, "qwen25vl": qwen25vl_processor}
 TEXT = {

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration, Mistral3Con
 from zoo import FAMILIES
 
 import vlreft
-from vlreft.components import COMPONENTS
-from vlreft.description import describe, main
-from vlreft.empty import build_empty
+from vlreft.models.components import COMPONENTS
+from vlreft.models.description import describe, main
+from vlreft.models.empty import build_empty
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "assets" / "demo-llava"
@@ -234,7 +234,7 @@ def test_a_model_without_weights_is_described_like_the_one_with_them():
 
 def test_seventy_billion_parameters_take_seconds(tmp_path):
     """Measured on two shared cores: 0.1 to 0.6 s to build, under 10 ms to find the sites, 10 ms to describe."""
-    from vlreft.sites import find_sites
+    from vlreft.models.sites import find_sites
 
     folder = write(tmp_path, LlamaConfig(**LLAMA_70B).to_dict(), architectures=["LlamaForCausalLM"])
     start = time.perf_counter()

@@ -8,7 +8,7 @@ from processors import text_tokenizer, tiny_llava_model, tiny_llava_processor, t
 from tiny import IMAGE_ID, llama, llava, text_batch, untouched
 
 import vlreft
-from vlreft.directions import WAYS, Masked, Spread, set_directions, steer
+from vlreft.causes.directions import WAYS, Masked, Spread, set_directions, steer
 
 V = vlreft.Intervention
 PATCHES = V("vector", site="vision", layers=[0, 1], positions="patches")

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from zoo import Spy, plain_positions, plain_tower_positions, shake
 
 import vlreft
+from vlreft.models.sites import find_sites
 from vlreft.reft import find_reft
-from vlreft.sites import find_sites
 
 FILES = ("rows", "packed", "special", "text", "dual", "open_clip")
 TAIL: tuple[Family, ...] = tuple(row for name in FILES for row in importlib.import_module(f"families_{name}").ROWS)

@@ -21,8 +21,8 @@ from tiny import llama, numbers, shake
 from transformers import TrainerCallback
 
 import vlreft
-from vlreft.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
-from vlreft.folders import REPLACED, STAGING, last_checkpoint, put_back
+from vlreft.saving.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from vlreft.training.folders import REPLACED, STAGING, last_checkpoint, put_back
 
 ROOT = Path(__file__).parent.parent
 CONFIG = vlreft.ReftConfig(vlreft.Intervention("loreft", positions="f2+l2", rank=2))
@@ -504,7 +504,7 @@ def test_samples_are_named_whatever_made_the_batch(workers, tmp_path):
 @pytest.mark.parametrize("due", ["logging_steps", "save_steps", "eval_steps", "64 losses"])
 def test_where_looking_costs_a_synchronisation_it_is_done_when_something_is_due(due, tmp_path, monkeypatch):
     """As on an accelerator: the error comes later, names the same samples, and nothing was saved in between."""
-    monkeypatch.setattr("vlreft.faults._looking_is_free", lambda _: False)
+    monkeypatch.setattr("vlreft.training.faults._looking_is_free", lambda _: False)
     options = {"logging_steps": 500, "save_steps": 500, "eval_steps": 500, "eval_strategy": "steps", "max_steps": 100}
     broken, trainer = breaking(tmp_path, "nan", **(options | ({} if due == "64 losses" else {due: 20})))
     with pytest.raises(FloatingPointError) as caught:

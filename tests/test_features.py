@@ -20,9 +20,9 @@ from transformers import TrainingArguments
 from zoo import FAMILIES, intervention, shake
 
 import vlreft
-from vlreft.features import FeatureCache
-from vlreft.pieces import content_key, pack, unpack
-from vlreft.stores import FolderStore, MemoryStore, bytes_of
+from vlreft.reuse.features import FeatureCache
+from vlreft.reuse.pieces import content_key, pack, unpack
+from vlreft.reuse.stores import FolderStore, MemoryStore, bytes_of
 
 TEXT = {"positions": "prompt:l2", "layers": "all"}
 LONG_TAIL = {
@@ -533,8 +533,8 @@ def test_a_folder_serves_later_runs(tmp_path):
 
 PROCESS = """
 import sys, torch
-from vlreft.pieces import pack, unpack
-from vlreft.stores import FolderStore
+from vlreft.reuse.pieces import pack, unpack
+from vlreft.reuse.stores import FolderStore
 from pathlib import Path
 who, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)

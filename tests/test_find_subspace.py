@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vlreft
-from vlreft.interchange import interchange_accuracy, patch_grid
+from vlreft.causes.interchange import interchange_accuracy, patch_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))

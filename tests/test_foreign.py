@@ -16,7 +16,7 @@ from tiny import half_frozen, llama, untouched
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
 import vlreft
-from vlreft.foreign import orthogonal_weight, read_tensors
+from vlreft.saving.foreign import orthogonal_weight, read_tensors
 
 ARCHIVE = Path(__file__).parent / "golden" / "foreign.tar.gz"
 KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "bert": (BertModel, BertConfig)}

@@ -17,7 +17,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCac
 from zoo import FAMILIES, Spy, intervention, plain_positions
 
 import vlreft
-from vlreft.streams import cache_in, cache_name
+from vlreft.running.streams import cache_in, cache_name
 
 ROWS = tuple(FAMILIES.values())
 MODES: dict[str, dict[str, Any]] = {

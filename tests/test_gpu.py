@@ -28,11 +28,11 @@ from transformers import CompileConfig, TrainingArguments
 from zoo import FAMILIES, INTERVENTIONS, intervention, shake
 
 import vlreft
-from vlreft.features import FeatureCache
-from vlreft.kept import KeptPrefixes
-from vlreft.prefix import PrefixReuse
-from vlreft.questions import SharedPrefixes
 from vlreft.reft import find_refts
+from vlreft.reuse.features import FeatureCache
+from vlreft.reuse.kept import KeptPrefixes
+from vlreft.reuse.prefix import PrefixReuse
+from vlreft.reuse.questions import SharedPrefixes
 
 DEVICE = os.environ.get("VLREFT_TEST_DEVICE", "cuda")
 ON_CUDA = DEVICE.startswith("cuda")

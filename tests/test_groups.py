@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 import vlreft
 from vlreft.interventions import INTERVENTIONS
-from vlreft.prefix import PrefixReuse
+from vlreft.reuse.prefix import PrefixReuse
 
 WIDTH = 24
 METHODS = ["loreft", "direft", "noreft", "nodireft", "consreft", "lobireft", "das"]

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import vlreft
-from vlreft.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vlreft.reft import find_reft
+from vlreft.saving.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
 IDS_BL = torch.randint(2, 29, (4, 7), generator=torch.Generator().manual_seed(0))
 CLASSES_B = torch.tensor([0, 1, 1, 0])

@@ -17,8 +17,8 @@ from zoo import FAMILIES, Spy, plain_rotation
 
 import vlreft
 from vlreft.causal import DAS, BoundlessDAS, Interchange
-from vlreft.interchange import InterchangeCollator, PatchGrid, interchange_accuracy, patch_grid
-from vlreft.sites import find_sites
+from vlreft.causes.interchange import InterchangeCollator, PatchGrid, interchange_accuracy, patch_grid
+from vlreft.models.sites import find_sites
 
 METHODS = ("interchange", "das", "boundless_das")
 TEXTS = (Sample((5, 8, 11, 12, 13, 14), (20, 21)), Sample((6, 17, 18, 9), (22, 23, 24)))

@@ -10,8 +10,8 @@ from processors import text_tokenizer, tiny_llava_model, tiny_llava_processor, t
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import vlreft
-from vlreft.boundless import BoundlessSchedule
-from vlreft.interchange import InterchangeCollator, interchange_accuracy
+from vlreft.causes.boundless import BoundlessSchedule
+from vlreft.causes.interchange import InterchangeCollator, interchange_accuracy
 
 
 def arguments(folder, **settings):

@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from zoo import FAMILIES, intervention
 
 import vlreft
-from vlreft.grouping import ImageGroups, image_keys
-from vlreft.kept import KeptPrefixes, cache_of, media_of_rows, rows_of, shell_of
-from vlreft.prefix import PrefixReuse
+from vlreft.reuse.grouping import ImageGroups, image_keys
+from vlreft.reuse.kept import KeptPrefixes, cache_of, media_of_rows, rows_of, shell_of
+from vlreft.reuse.prefix import PrefixReuse
 
 QUESTIONS = ("what is it", "is it a circle", "how many are there")
 MEMORY_OR_DISK = pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])

@@ -27,9 +27,9 @@ from zoo import (
 import vlreft
 from vlreft.edit import orthonormal_rows
 from vlreft.interventions import INTERVENTIONS as LIBRARY_INTERVENTIONS
+from vlreft.models.sites import find_sites
 from vlreft.reft import find_reft
 from vlreft.selects import SELECTS as LIBRARY_SELECTS
-from vlreft.sites import find_sites
 
 ROWS = tuple(FAMILIES.values())
 IMAGE_ROWS = tuple(family for family in ROWS if family.has_image)

@@ -32,7 +32,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from zoo import Spy, shake
 
 import vlreft
-from vlreft.sites import find_sites
+from vlreft.models.sites import find_sites
 
 BY_NAME = {family.name: family for family in TAIL}
 OUTPUT_NAMES = {

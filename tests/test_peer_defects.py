@@ -21,9 +21,9 @@ from transformers import LlamaForSequenceClassification, TrainingArguments
 from zoo import FAMILIES, INTERVENTIONS, Spy, intervention, plain_positions, plain_rotation, shake, token_loss
 
 import vlreft
-from vlreft import streams
 from vlreft.edit import orthonormal_rows
 from vlreft.interventions import INTERVENTIONS as LIBRARY_INTERVENTIONS
+from vlreft.running import streams
 
 LLAMA, LLAVA, QWEN = FAMILIES["llama"], FAMILIES["llava"], FAMILIES["qwen2_5_vl"]
 ROTATED = ("loreft", "direft", "consreft", "lobireft")

@@ -28,9 +28,9 @@ from transformers import AutoProcessor
 from zoo import FAMILIES, Spy, plain_positions, plain_tower_positions, shake
 
 import vlreft
-from vlreft.glyphs import break_lines, chips_of, drawable, text_width
-from vlreft.maps import edit_norms, next_tokens, placement
-from vlreft.plots import draw_edits, draw_placement, plot_edits, plot_next_tokens, plot_placement
+from vlreft.drawing.glyphs import break_lines, chips_of, drawable, text_width
+from vlreft.drawing.maps import edit_norms, next_tokens, placement
+from vlreft.drawing.plots import draw_edits, draw_placement, plot_edits, plot_next_tokens, plot_placement
 
 TOKENIZER = llama_tokenizer()
 CASES = [

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 from zoo import FAMILIES, intervention, shake
 
 import vlreft
-from vlreft.kept import KeptPrefixes
-from vlreft.prefix import PrefixReuse
+from vlreft.reuse.kept import KeptPrefixes
+from vlreft.reuse.prefix import PrefixReuse
 
 TOLERANCE = 1e-6  # relative; transformers takes the loss in float32 whatever the model's precision
 POSITIONS = ("question:l2", "prompt:l3", "response", "question:f1+l2")
@@ -133,7 +133,7 @@ def test_models_that_run_from_a_cache_only_without_training(name, reason, monkey
     with pytest.raises(ValueError, match=reason), PrefixReuse(reft, required=True).cut(batch):
         pass
     plain = gradients(reft, model(**batch).loss)
-    monkeypatch.setattr("vlreft.prefix.WORTHWHILE", 1)
+    monkeypatch.setattr("vlreft.reuse.prefix.WORTHWHILE", 1)
     careful = PrefixReuse(reft, required=False)
     with careful.cut(batch) as rest:
         assert rest == batch

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo import FAMILIES, intervention, shake
 
 import vlreft
-from vlreft.questions import Questions, SharedPrefixes
+from vlreft.reuse.questions import Questions, SharedPrefixes
 
 NUM_TOKENS = 4
 MORE = {family.name: family for family in (*families_rows.ROWS, *families_packed.ROWS)}

@@ -31,8 +31,8 @@ def test_files_of_the_tour_exist():
     rows = re.findall(r"^\| (`.+`) \|", tour, flags=re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`([a-z_/*.]+)`", row.partition(" | ")[0])]
     assert [name for name in named if not any(ROOT.glob(name))] == []
-    modules = {f"vlreft/{path.name}" for path in (ROOT / "vlreft").glob("*.py")} - {"vlreft/__init__.py"}
-    assert modules <= set(named)
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vlreft").rglob("*.py")}
+    assert {name for name in modules if not name.endswith("__init__.py")} <= set(named)
 
 
 def test_pictures_of_the_readme_exist():

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache
 
 import vlreft
-from vlreft.streams import cache_name
+from vlreft.running.streams import cache_name
 
 
 def item(**settings):

@@ -24,7 +24,7 @@ from tasks.manifest import Manifest
 from tasks.table import TASKS
 from tasks.task import Task
 from tasks.training import TaskTrainer
-from vlreft.answers import read_answers
+from vlreft.training.answers import read_answers
 
 FOLDERS = official_vqa.FOLDERS | official_captions.FOLDERS | official_text.FOLDERS
 DEMO = [name for name in TASKS if name.startswith("demo_")]

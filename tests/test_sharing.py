@@ -22,7 +22,7 @@ from tiny import llama, numbers, shake, shared_llama, shared_llava, text_batch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import vlreft
-from vlreft.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from vlreft.saving.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
 CONFIG = vlreft.ReftConfig(vlreft.Intervention("loreft", positions="f2+l2", rank=2))
 

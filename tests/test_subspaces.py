@@ -9,8 +9,8 @@ from scipy.linalg import subspace_angles
 from tiny import llama, shake, shared_llama
 
 import vlreft
+from vlreft.causes.subspaces import angles_between, principal_angles
 from vlreft.edit import orthonormal_rows
-from vlreft.subspaces import angles_between, principal_angles
 
 WIDTH = 16
 pytestmark = pytest.mark.filterwarnings("error")

@@ -10,8 +10,8 @@ from processors import text_tokenizer
 
 from tasks import arithmetic, commonsense, demo_tasks, glue, instruct
 from tasks.task import texts_of
-from vlreft.data import Collator
-from vlreft.datasets import load_captions
+from vlreft.data.collator import Collator
+from vlreft.data.datasets import load_captions
 
 TASKS = {task.name: task for task in (commonsense.TASK, arithmetic.TASK, instruct.TASK, *glue.TASKS)}
 DEMO = {task.name: task for task in demo_tasks.TASKS}

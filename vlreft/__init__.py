@@ -4,25 +4,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlreft.attaching import attach, load
-    from vlreft.boundless import BoundlessSchedule
+    from vlreft.causes.boundless import BoundlessSchedule
+    from vlreft.causes.directions import steer
+    from vlreft.causes.interchange import InterchangeCollator, interchange_accuracy, patch_grid
+    from vlreft.causes.subspaces import principal_angles
     from vlreft.config import Intervention, ReftConfig
-    from vlreft.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
-    from vlreft.data import Collator
-    from vlreft.description import describe
-    from vlreft.directions import steer
-    from vlreft.features import FeatureCache
-    from vlreft.foreign_adapterhub import import_adapterhub
-    from vlreft.foreign_pyreft import import_pyreft
-    from vlreft.interchange import InterchangeCollator, interchange_accuracy, patch_grid
+    from vlreft.data.collator import Collator
+    from vlreft.data.contrast import ClassCollator, PairCollator, contrastive_loss, zero_shot
+    from vlreft.drawing.plots import plot_edits, plot_next_tokens, plot_placement
     from vlreft.merging import merge
-    from vlreft.plots import plot_edits, plot_next_tokens, plot_placement
-    from vlreft.questions import Questions
+    from vlreft.models.description import describe
     from vlreft.recipes import recipe
     from vlreft.reft import Reft
+    from vlreft.reuse.features import FeatureCache
+    from vlreft.reuse.questions import Questions
+    from vlreft.saving.adapterhub import import_adapterhub
+    from vlreft.saving.pyreft import import_pyreft
     from vlreft.several import use
-    from vlreft.subspaces import principal_angles
-    from vlreft.trainer import ReftMixin, ReftTrainer
-    from vlreft.twins import reference
+    from vlreft.training.trainer import ReftMixin, ReftTrainer
+    from vlreft.training.twins import reference
 
 __all__ = [
     "BoundlessSchedule",
@@ -65,33 +65,33 @@ def __getattr__(name: str) -> Any:
     elif name in ("attach", "load"):
         from vlreft import attaching as home
     elif name == "import_adapterhub":
-        from vlreft import foreign_adapterhub as home
+        from vlreft.saving import adapterhub as home
     elif name == "import_pyreft":
-        from vlreft import foreign_pyreft as home
+        from vlreft.saving import pyreft as home
     elif name == "Reft":
         from vlreft import reft as home
     elif name in ("ReftMixin", "ReftTrainer"):
-        from vlreft import trainer as home
+        from vlreft.training import trainer as home
     elif name in ("ClassCollator", "PairCollator", "contrastive_loss", "zero_shot"):
-        from vlreft import contrast as home
+        from vlreft.data import contrast as home
     elif name == "Collator":
-        from vlreft import data as home
+        from vlreft.data import collator as home
     elif name in ("InterchangeCollator", "interchange_accuracy", "patch_grid"):
-        from vlreft import interchange as home
+        from vlreft.causes import interchange as home
     elif name == "BoundlessSchedule":
-        from vlreft import boundless as home
+        from vlreft.causes import boundless as home
     elif name == "steer":
-        from vlreft import directions as home
+        from vlreft.causes import directions as home
     elif name == "principal_angles":
-        from vlreft import subspaces as home
+        from vlreft.causes import subspaces as home
     elif name in ("plot_edits", "plot_next_tokens", "plot_placement"):
-        from vlreft import plots as home
+        from vlreft.drawing import plots as home
     elif name == "describe":
-        from vlreft import description as home
+        from vlreft.models import description as home
     elif name == "FeatureCache":
-        from vlreft import features as home
+        from vlreft.reuse import features as home
     elif name == "Questions":
-        from vlreft import questions as home
+        from vlreft.reuse import questions as home
     elif name == "merge":
         from vlreft import merging as home
     elif name == "use":
@@ -99,7 +99,7 @@ def __getattr__(name: str) -> Any:
     elif name == "recipe":
         from vlreft import recipes as home
     elif name == "reference":
-        from vlreft import twins as home
+        from vlreft.training import twins as home
     else:
         raise AttributeError(f"module 'vlreft' has no attribute '{name}'")
     return getattr(home, name)

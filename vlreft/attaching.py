@@ -6,17 +6,17 @@ import re
 import torch
 from torch import nn
 
-from vlreft.beside import peft_parameters
-from vlreft.checkpoint import check_base, check_plan, copy_tensors, describe_base, read_checkpoint
 from vlreft.config import ReftConfig
 from vlreft.edit import Edit
-from vlreft.heads import make_heads, refuse_edits_inside
-from vlreft.hooks import Runtime, forget_compiled_graphs
-from vlreft.hub import folder_of
+from vlreft.models.sites import Sites, find_sites
 from vlreft.placed import Placed, Switch, Where
 from vlreft.plan import Entry, plan_edits
 from vlreft.reft import CHILD_NAME, RESERVED_NAMES, Adapters, Parts, Reft, find_adapters, find_reft
-from vlreft.sites import Sites, find_sites
+from vlreft.running.beside import peft_parameters
+from vlreft.running.heads import make_heads, refuse_edits_inside
+from vlreft.running.hooks import Runtime, forget_compiled_graphs
+from vlreft.saving.checkpoint import check_base, check_plan, copy_tensors, describe_base, read_checkpoint
+from vlreft.saving.hub import folder_of
 
 
 def attach(model: nn.Module, config: ReftConfig, name: str = "default") -> Reft:

@@ -75,8 +75,8 @@ class BoundlessDAS(Rotated):
     """`h + Q^T(m * (Qs - Qh))`: interchange inside the first dimensions of a learned basis Q; how many is learned too.
 
     Source: Wu et al. 2023, arXiv 2305.08809. D^2 + 1 numbers. In training m is soft, the sigmoid of a dimension's
-    distance to `boundary * D`, counted from its middle, over `temperature`, which `vlreft.boundless.BoundlessSchedule`
-    lowers; in evaluation it is hard: the first round(boundary * D) dimensions, at least one, which is what the soft m
+    distance to `boundary * D`, counted from its middle, over `temperature`, which `vlreft.BoundlessSchedule` lowers; in
+    evaluation it is hard: the first round(boundary * D) dimensions, at least one, which is what the soft m
     becomes. Differs: the paper and pyvene 0.1.8 multiply by the sigmoid of the distance to 0, which keeps the first
     dimensions soft (there the learned width was one too large on a toy model in 3 of 3 runs, here in none), and pyvene
     is soft in evaluation too; the temperature is no parameter, so that an adapter is its numbers alone.

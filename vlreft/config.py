@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any
 
-from vlreft.components import COMPONENTS
 from vlreft.edit import ACTIVATIONS, Edit
 from vlreft.interventions import INTERVENTIONS
+from vlreft.models.components import COMPONENTS
 from vlreft.positions import Positions, parse_positions
 
 INITS = ("identity", "reference")

@@ -7,7 +7,7 @@ import logging
 
 import transformers
 
-from vlreft.description import main
+from vlreft.models.description import main
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlreft.components import Target
 from vlreft.config import Intervention, ReftConfig
 from vlreft.edit import Edit
-from vlreft.sites import Site, Sites
+from vlreft.models.components import Target
+from vlreft.models.sites import Site, Sites
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,20 +21,27 @@ from vlreft.acting import (
     reads_of,
     recording,
 )
-from vlreft.beside import without_peft
-from vlreft.card import Metrics
-from vlreft.checkpoint import Checkpoint, check_base, copy_tensors, describe_base, read_checkpoint, write_checkpoint
 from vlreft.config import ReftConfig
 from vlreft.edit import holding
-from vlreft.heads import Head, HeadHooks
-from vlreft.hooks import Runtime, forget_compiled_graphs
-from vlreft.hub import check_name, push
 from vlreft.layout import text_layout
+from vlreft.models.sites import Sites
 from vlreft.placed import Placed, States, Strength, Switch
 from vlreft.plan import Entry
 from vlreft.positions import parse_positions
-from vlreft.shards import is_writer, whole
-from vlreft.sites import Sites
+from vlreft.running.beside import without_peft
+from vlreft.running.heads import Head, HeadHooks
+from vlreft.running.hooks import Runtime, forget_compiled_graphs
+from vlreft.saving.card import Metrics
+from vlreft.saving.checkpoint import (
+    Checkpoint,
+    check_base,
+    copy_tensors,
+    describe_base,
+    read_checkpoint,
+    write_checkpoint,
+)
+from vlreft.saving.hub import check_name, push
+from vlreft.saving.shards import is_writer, whole
 
 CHILD_NAME = "vlreft"
 # Names that an adapter cannot have: those of the attributes of `Adapters`, its parent.

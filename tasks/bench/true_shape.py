@@ -37,7 +37,7 @@ from tasks.bench.workloads import (
     shared,
 )
 from vlreft.interventions import INTERVENTIONS
-from vlreft.questions import SharedPrefixes
+from vlreft.reuse.questions import SharedPrefixes
 
 ALONE, TOGETHER = "five calls", "one batch of five"
 NEW_PICTURE, SAME_PICTURE = "vlreft.Questions, a new picture", "vlreft.Questions, a picture asked before"

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 import vlreft
-from vlreft.features import FeatureCache
-from vlreft.sites import find_sites
+from vlreft.models.sites import find_sites
+from vlreft.reuse.features import FeatureCache
 
 PATCH = 14
 

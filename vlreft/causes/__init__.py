@@ -1,0 +1,1 @@
+"""Steering without training, and what causes what: directions, interchange, subspaces."""

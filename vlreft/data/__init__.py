@@ -1,0 +1,1 @@
+"""Rows to batches: collators, data files and data sets."""

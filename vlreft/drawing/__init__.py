@@ -1,0 +1,1 @@
+"""Pictures of where edits act and what they do."""

@@ -1,0 +1,1 @@
+"""The files of an adapter: written, read strictly, fetched, pushed, and taken over from other libraries."""

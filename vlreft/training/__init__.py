@@ -1,0 +1,1 @@
+"""The trainer, and what keeps a training whole: faults, several processes, answers as they come."""

@@ -1,0 +1,113 @@
+"""Checkpoint folders of a training run: whole or not there, and the last whole one found again.
+
+A checkpoint is written in `.saving/` beside its place, flushed to disk, and renamed into it. Whatever ends the process
+leaves the checkpoints that were there, and the new one or none of it.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from vlreft.saving.checkpoint import read_checkpoint, sync_folder
+
+logger = logging.getLogger("vlreft")
+
+STAGING = ".saving"
+REPLACED = "replaced-"
+STATE_NAME = "trainer_state.json"
+
+
+def start_staging(run_dir: Path) -> Path:
+    """Return the empty folder that a checkpoint is written in; what a killed process left in it is gone."""
+    put_back(run_dir)
+    staging = run_dir / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def put_in_place(run_dir: Path, name: str) -> None:
+    """Flush a checkpoint in the staging folder to disk and give it its name; one of the same name goes."""
+    written, target = run_dir / STAGING / name, run_dir / name
+    for path in written.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    for folder in (*(path for path in written.rglob("*") if path.is_dir()), written):
+        sync_folder(folder)
+    if target.exists():
+        target.replace(run_dir / STAGING / f"{REPLACED}{name}")
+    written.replace(target)
+    sync_folder(run_dir)
+    shutil.rmtree(run_dir / STAGING, ignore_errors=True)
+
+
+def put_back(run_dir: Path) -> None:
+    """Give a checkpoint its name back that was about to be replaced when the process ended."""
+    for replaced in (run_dir / STAGING).glob(f"{REPLACED}*"):
+        target = run_dir / replaced.name.removeprefix(REPLACED)
+        if not target.exists():
+            replaced.replace(target)
+
+
+def last_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:
+    """Return the path of a run's last whole checkpoint, None if there is none; half ones are skipped, with a warning.
+
+    For `trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))`: go on, or start where there is nothing yet.
+    """
+    for path in _newest_first(Path(run_dir)):
+        if (why := why_broken(path)) is None:
+            return str(path)
+        logger.warning("%s is skipped, it is no whole checkpoint: %s", path, why)
+    return None
+
+
+def all_broken(run_dir: str | os.PathLike[str]) -> list[str]:
+    """Return what is wrong with each checkpoint of a run, of those that are not whole."""
+    reasons = [(path, why_broken(path)) for path in _newest_first(Path(run_dir))]
+    return [f"{path.name} ({why})" for path, why in reasons if why is not None]
+
+
+def why_broken(folder: str | os.PathLike[str]) -> str | None:
+    """Return why a training cannot go on from a checkpoint folder, None if it can.
+
+    The adapter's hash and every checksum that torch wrote are compared.
+    """
+    path = Path(folder)
+    try:
+        read_checkpoint(path).tensors.check()
+        state = json.loads((path / STATE_NAME).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return f"{STATE_NAME} is not JSON: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not isinstance(state, dict) or type(state.get("global_step")) is not int:
+        return f"{STATE_NAME} does not say its step"
+    for kind in ("rng_state*.pth", "optimizer*", "scheduler*"):
+        if not any(path.glob(kind)) and not any(path.glob("global_step*")):  # DeepSpeed's own folder
+            return f"it has no {kind}, so training could not go on as if nothing had been"
+    broken = [_why_broken_archive(file) for file in sorted((*path.glob("*.pt"), *path.glob("*.pth")))]
+    return next((why for why in broken if why is not None), None)
+
+
+def _why_broken_archive(path: Path) -> str | None:
+    """Return what is wrong with a file that torch wrote, a zip archive; nothing in it is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        return f"{path.name} is damaged: {error}"
+    return None if bad is None else f"{path.name} is damaged: {bad}"
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    numbered = {path: re.fullmatch(r"checkpoint-([0-9]+)", path.name) for path in run_dir.glob("checkpoint-*")}
+    steps = {path: int(match[1]) for path, match in numbered.items() if match and path.is_dir()}
+    return sorted(steps, key=steps.__getitem__, reverse=True)

@@ -29,6 +29,7 @@ def test_two_skills_are_switched_on_alone_and_together(tmp_path):
     assert min(scores["both groups"].values()) > 0.3
     alone = max(scores[name]["mean"] for name in ("nothing", "group code", "group refuse"))
     assert scores["both groups"]["mean"] > alone + 0.03
+    assert scores["both groups, routed"]["mean"] > max(scores["both groups"]["mean"], 0.8)
     angles = results["angles"]
     assert min(min(degrees) for degrees in angles["two groups"].values()) > 89.9
     assert min(min(degrees) for degrees in angles["two adapters"].values()) < 85.0

@@ -423,6 +423,7 @@ def test_a_checkpointed_model_does_the_same(attached):
     assert cache.num_hits == 9
 
 
+@pytest.mark.slow
 def test_a_compiled_model_does_the_same(lend):
     family = FAMILIES["llava"]
     model, batch, cache = lend(family), family.batch(WITH_IMAGES), FeatureCache()

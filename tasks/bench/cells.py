@@ -23,6 +23,7 @@ from tasks.bench.sides import (
     WIDE_LORA,
     attaching,
     attachment,
+    by_row,
     features,
     first_step,
     generation,
@@ -93,6 +94,7 @@ SAVED = ((LORA, REUSE), (ANSWER_LORA, REUSE), (LORA, PLAIN), (LORA, FLOOR))
 FIRST = tuple((f"{name}: first", f"{name}: later") for name in (REFT, LORA))
 GENERATED = ((REFT, "base"), (UNMERGED_LORA, "base"))
 GROWN = ((LORA, PLAIN), (LORA, REUSE), (LORA, KEPT))
+BY_ROW = tuple((f"{name}, by row", f"{name}, one adapter") for name in ("forward", "generate"))
 NARROWED = ((REFT, FLOOR), (LORA, FLOOR))
 IMPORTED = (("peft", "vlreft: attach, load, Collator"),)
 ORTHONORMAL = (("torch parametrizations.orthogonal, read once", "vlreft, all at once"),)
@@ -117,6 +119,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("first", "thin", _FIRST, first_step, FIRST, 10, same_loss=True),
     Cell("first", "llava", _FIRST, first_step, FIRST, 2, same_loss=True),
     Cell("generate", "generate", "greedy, left-padded, a cache", generation, GENERATED, 4, peer="generate"),
+    Cell("by_row", "generate", "8 rows: one adapter, or 4 and 2 rows without", by_row, BY_ROW, 4),
     Cell("attach", "thin", _ATTACH, attaching, ((LORA, REFT),), 15, peer="attach"),
     Cell(
         "attachment",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -184,6 +185,34 @@ def generation(setup: Setup, shape: Shape) -> list[Side]:
         Side("base", partial(run, base)),
         Side(REFT, partial(run, edited)),
         Side(UNMERGED_LORA, partial(run, wrapped)),
+    ]
+
+
+def by_row(setup: Setup, shape: Shape) -> list[Side]:
+    """A forward, and a greedy generation: with one adapter, and with four in turn and none for every fourth row."""
+    model, prompts = shared(setup.base(shape).eval()), make_prompts(shape, setup.device)
+    for name in "abcd":
+        vlreft.attach(model, shape.config(), name)
+    num_edited = shape.num_rows - shape.num_rows // 4
+    rows = [*("abcd"[row % 4] for row in range(num_edited)), *[None] * (shape.num_rows - num_edited)]
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return model(**prompts).logits
+
+    def generate() -> Tensor:
+        return model.generate(**prompts, generation_config=greedy(shape.num_answer))
+
+    def within(scope: Callable[[], AbstractContextManager[None]], run: Callable[[], Tensor]) -> Tensor:
+        with scope():
+            return run()
+
+    one, several = partial(vlreft.use, model, "a"), partial(vlreft.use, model, rows=rows)
+    return [
+        Side("forward, one adapter", partial(within, one, forward)),
+        Side("forward, by row", partial(within, several, forward)),
+        Side("generate, one adapter", partial(within, one, generate)),
+        Side("generate, by row", partial(within, several, generate)),
     ]
 
 

@@ -158,12 +158,13 @@ class TowerCall:
 
     def _grid(self, tower: Tower, row_BL: Tensor, col_BL: Tensor, rows: int | Tensor, cols: int | Tensor) -> Grid:
         device = row_BL.device
-        rows_B1, cols_B1 = (n if isinstance(n, Tensor) else torch.tensor([[n]], device=device) for n in (rows, cols))
+        # `torch.full` fills on the device; `torch.tensor` copies there, and waits for it.
+        rows_B1, cols_B1 = (n if isinstance(n, Tensor) else torch.full((1, 1), n, device=device) for n in (rows, cols))
         pixels = self._pixels
         size = tower.patch_size or (1, 1)
         width_B1, height_B1 = cols_B1 * size[1], rows_B1 * size[0]
         if pixels is not None and pixels.dim() == 4 and pixels.shape[1] == 3 and isinstance(cols, int):
-            width_B1, height_B1 = (torch.tensor([[pixels.shape[side]]], device=device) for side in (-1, -2))
+            width_B1, height_B1 = (torch.full((1, 1), pixels.shape[side], device=device) for side in (-1, -2))
         boxes_B14 = None if self.boxes_B4 is None else self.boxes_B4.to(device)[:, None]
         return Grid(row_BL, col_BL, rows_B1, cols_B1, width_B1, height_B1, boxes_B14)
 

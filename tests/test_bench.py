@@ -52,7 +52,12 @@ def cell_named(name, workload=None):
 
 
 @pytest.mark.parametrize(
-    "cell", [cell for cell in CELLS if cell.name not in IN_PROCESSES], ids=lambda cell: f"{cell.name}-{cell.workload}"
+    "cell",
+    [
+        pytest.param(cell, marks=[pytest.mark.slow] if cell.needs_gpu else [], id=f"{cell.name}-{cell.workload}")
+        for cell in CELLS
+        if cell.name not in IN_PROCESSES
+    ],
 )
 def test_every_cell_runs(setup, cell):
     num_values = 2 if cell.name == "tokens" else 1
@@ -305,6 +310,7 @@ def test_a_peer_that_fails_says_why(tmp_path):
         run_peer(cell_named("step"), "pyreft", "no-such-python", TINY)
 
 
+@pytest.mark.slow
 def test_a_peer_runs_in_its_interpreter_beside_its_own_floor(peer_environment):
     record = run_peer(cell_named("step"), "pyreft", peer_environment, TINY, num_rounds=2)
     assert record["versions"]["pyreft"] == "0.1.0", record

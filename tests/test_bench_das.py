@@ -19,6 +19,7 @@ def test_the_counterfactual_takes_the_cause_from_the_source():
     assert 0.45 < float((answers(is_first_equal(rows), rows) == YES).float().mean()) < 0.55
 
 
+@pytest.mark.slow
 def test_the_command_alone(tmp_path, capsys):
     output = tmp_path / "new" / "das.json"
     options = [

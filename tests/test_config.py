@@ -90,9 +90,10 @@ def test_parts_are_the_groups_with_an_intervention_each(positions, tied, parts):
 def test_build(method):
     needs = {"rank": 3} if INTERVENTIONS[method].uses_rank else {}
     start = "identity" if INTERVENTIONS[method].has_identity else "reference"
-    edit = vlreft.Intervention(method, init=start, dropout=0.25, scale=2, **needs).build(16)
+    dropout = 0.25 if INTERVENTIONS[method].uses_dropout else 0.0
+    edit = vlreft.Intervention(method, init=start, dropout=dropout, scale=2, **needs).build(16)
     assert type(edit) is INTERVENTIONS[method]
-    assert (edit.dropout, edit.scale) == (0.25, 2)
+    assert (edit.dropout, edit.scale) == (dropout, 2)
     source = torch.randn(2, 16) if edit.uses_source else None
     assert edit(torch.randn(2, 16), source_ND=source).shape == (2, 16)
 
@@ -147,6 +148,7 @@ BAD = [
         r"'vector' has no source to put `activation` \(='relu'\) on",
     ),
     ({"method": "consreft", "rank": 2}, ValueError, "'consreft' has no identity start; write init='reference'"),
+    ({"method": "interchange", "dropout": 0.1}, ValueError, r"nothing to train, so leave `dropout` \(=0.1\) out"),
     (
         {**LOREFT, "activation": "relu"},
         ValueError,

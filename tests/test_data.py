@@ -600,7 +600,7 @@ def test_importing_is_light():
         "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]];"
         "assert not {'datasets', 'pyarrow', 'transformers'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code, folder / "data.py", folder / "datasets.py"], check=True)
+    subprocess.run([sys.executable, "-c", code, folder / "data/collator.py", folder / "data/datasets.py"], check=True)
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -264,6 +264,7 @@ def test_accumulated_gradients_are_the_sum(kind):
     assert_same(gradients(reft), [a + b for a, b in zip(*singles, strict=True)])
 
 
+@pytest.mark.slow
 @both
 def test_compiled_models_follow(kind):
     model, reft = attached(kind)

@@ -34,6 +34,7 @@ from vlreft.selects import SELECTS as LIBRARY_SELECTS
 ROWS = tuple(FAMILIES.values())
 IMAGE_ROWS = tuple(family for family in ROWS if family.has_image)
 TWO = (FAMILIES["llama"], FAMILIES["llava"])
+COMPILED = (FAMILIES["llama"], pytest.param(FAMILIES["llava"], marks=pytest.mark.slow))
 LAYER = {"text": 1, "vision": 1, "connector": 0}
 SITES = [pytest.param(family, site, id=f"{family}-{site}") for family in ROWS for site in family.sites]
 CASES = [
@@ -528,7 +529,7 @@ def test_eager_attention_keeps_the_gradients(family, attached, lend):
     assert_same(gradients_of(model, reft, batch), fast)
 
 
-@pytest.mark.parametrize("family", TWO, ids=str)
+@pytest.mark.parametrize("family", COMPILED, ids=str)
 def test_compiled_model_follows_attach_disable_and_detach(family, attached, lend):
     model = copy.deepcopy(lend(family))
     model.requires_grad_(False)  # else torch would look again for the flags that attach changes
@@ -549,7 +550,7 @@ def test_compiled_model_follows_attach_disable_and_detach(family, attached, lend
         torch.testing.assert_close(compiled(**batch).logits, base)
 
 
-@pytest.mark.parametrize("family", TWO, ids=str)
+@pytest.mark.parametrize("family", COMPILED, ids=str)
 def test_compiled_gradients_are_the_same(family, attached, lend):
     model = copy.deepcopy(lend(family))
     _, reft = attached(family, *everywhere(family), model=model)

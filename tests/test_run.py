@@ -149,6 +149,7 @@ def wait_for(found, process, seconds=120):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     """Killed twice by SIGKILL: while it trains, after its first checkpoint, and while it answers the test."""
     options = [*make("demo_code", tmp_path), "--epochs", "3", "--max-steps", "-1", "--num-test", "400"]

@@ -18,6 +18,7 @@ class Interchange(Edit):
     """`s`: the source's state as a whole, which is activation patching; no numbers, nothing to train."""
 
     uses_rank = False
+    uses_dropout = False
     has_identity = False
     uses_source = True
 

@@ -126,6 +126,8 @@ class Intervention:
             )
         if self.activation is not None and not method.uses_activation:
             raise ValueError(f"method '{self.method}' has no source to put `activation` (='{self.activation}') on")
+        if self.dropout and not method.uses_dropout:
+            raise ValueError(f"method '{self.method}' has nothing to train, so leave `dropout` (={self.dropout}) out")
         if self.init == "identity" and not method.has_identity:
             raise ValueError(f"method '{self.method}' has no identity start; write init='reference'")
         if self.init == "identity" and self.activation is not None and self.method in ("loreft", "noreft"):

@@ -49,6 +49,7 @@ class Edit(nn.Module, ABC):
 
     uses_rank: ClassVar[bool] = True
     uses_activation: ClassVar[bool] = False
+    uses_dropout: ClassVar[bool] = True
     has_identity: ClassVar[bool] = True
     # Whether it puts in the states of another run, a source: `delta` is then of the source minus the hidden state.
     uses_source: ClassVar[bool] = False

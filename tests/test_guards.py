@@ -114,7 +114,7 @@ ARROWS = {
         *("data.collator", "layout", "reft", "reuse.caches", "reuse.prefix", "reuse.rows", "running.hooks"),
         *("running.streams",),
     },
-    "saving.adapterhub": {"config", "models.sites", "reft", "saving.foreign"},
+    "saving.adapterhub": {"config", "models.sites", "reft", "saving.checkpoint", "saving.foreign"},
     "saving.pyreft": {"config", "positions", "reft", "saving.checkpoint", "saving.foreign"},
     "training.trainer": {
         *("causes.interchange", "data.collator", "data.contrast", "layout", "reft", "reuse.grouping"),

@@ -226,7 +226,7 @@ def test_a_config_that_is_too_large_is_not_read(tmp_path):
     saved(tmp_path)
     with (tmp_path / CONFIG_NAME).open("r+b") as file:
         file.truncate(10 * GB)  # a sparse file
-    with bounded(100_000_000), pytest.raises(ValueError, match=f"too many for a vlreft config.*{MAX_CONFIG_BYTES:,}"):
+    with bounded(100_000_000), pytest.raises(ValueError, match=f"too many for a config.*{MAX_CONFIG_BYTES:,}"):
         vlreft.load(shared_llama(), tmp_path)
 
 

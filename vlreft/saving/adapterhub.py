@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlreft.config import Intervention, ReftConfig
 from vlreft.models.sites import Sites
 from vlreft.reft import Reft
+from vlreft.saving.checkpoint import read_json
 from vlreft.saving.foreign import (
     SLACK_BYTES,
     Foreign,
@@ -21,7 +22,6 @@ from vlreft.saving.foreign import (
     check_orthonormal,
     orthogonal_weight,
     put_on,
-    read_json,
     read_tensors,
     sites_of,
     take,

@@ -255,8 +255,13 @@ def _listed(names: list[str]) -> str:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no vlreft checkpoint in {path.parent}: there is no {path.name}")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a config's size. Raises ValueError for anything else."""
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, too many for a vlreft config (at most {MAX_CONFIG_BYTES:,})")
+        raise ValueError(f"{path} has {size:,} bytes, too many for a config (at most {MAX_CONFIG_BYTES:,})")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

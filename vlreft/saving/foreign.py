@@ -3,14 +3,12 @@
 Shape suffixes: D = hidden width, R = rank.
 """
 
-import json
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +20,7 @@ from vlreft.models.sites import Sites, find_sites
 from vlreft.plan import plan_edits
 from vlreft.reft import Reft, find_adapters
 from vlreft.saving.card import MODULES_PREFIX
-from vlreft.saving.checkpoint import MAX_CONFIG_BYTES, MAX_NAMED, copy_tensors
+from vlreft.saving.checkpoint import MAX_NAMED, copy_tensors
 
 MAX_PICKLE_BYTES = 10_000_000  # of names and shapes, beside the numbers
 SLACK_BYTES = 2_000_000  # what a file may hold beside the numbers of its edits
@@ -85,19 +83,6 @@ def changed_modules(tensors: Mapping[str, Tensor], model: nn.Module, source: str
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError for anything else."""
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for a config")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
 
 
 def read_tensors(path: Path, max_bytes: int) -> dict[str, Tensor]:

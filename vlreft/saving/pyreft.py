@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlreft.config import Intervention, ReftConfig
 from vlreft.positions import parse_positions
 from vlreft.reft import Reft
-from vlreft.saving.checkpoint import MAX_NAMED
+from vlreft.saving.checkpoint import MAX_NAMED, read_json
 from vlreft.saving.foreign import (
     SLACK_BYTES,
     Foreign,
@@ -23,7 +23,6 @@ from vlreft.saving.foreign import (
     check_orthonormal,
     orthogonal_weight,
     put_on,
-    read_json,
     read_tensors,
     sites_of,
     take,

@@ -3,6 +3,7 @@
     python tests/crash_worker.py kill FOLDER NUM_KILLS SEED   kill -9 at random moments, half of them during a save
     python tests/crash_worker.py soak FOLDER NUM_STEPS        one long run; memory, open files and hooks on the way
     python tests/crash_worker.py rank FOLDER PRESSED_AT       one of several processes, started as torchrun starts them
+    python tests/crash_worker.py thread FOLDER                a training in a thread that is not the main one
 
 Torch and transformers are imported once, and each run is a fork.
 """
@@ -14,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -185,9 +187,24 @@ def rank(folder, pressed_at):
     return {"step": trainer.state.global_step, "told": told, "numbers": total}
 
 
+def in_a_thread(folder):
+    """Train in a thread; return whether Ctrl-C was handled otherwise at each step."""
+    before, is_handled = signal.getsignal(signal.SIGINT), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            is_handled.append(signal.getsignal(signal.SIGINT) is not before)
+
+    trainer = trainer_in(folder, {"callbacks": [Look()]}, max_steps=2, save_strategy="no")
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    return {"steps": trainer.state.global_step, "is_handled": is_handled}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     what, where, *rest = sys.argv[1:]
-    result = {"kill": kill, "soak": soak, "rank": rank}[what](Path(where), *map(int, rest))
+    result = {"kill": kill, "soak": soak, "rank": rank, "thread": in_a_thread}[what](Path(where), *map(int, rest))
     sys.stdout.write(json.dumps(result) + "\n")

@@ -583,7 +583,7 @@ WORKER_ENDS = {
 
 
 def told_of_a_death(trainer):
-    """Train until a worker dies; in a fork, as torch tells of it out of a signal's handler, and may leave a lock behind."""
+    """Train until a worker dies; in a fork, since torch tells of it out of a signal handler, and may leave a lock."""
     code, kind, text = in_a_fork(trainer.train)
     assert (code, kind) == (1, "RuntimeError"), text
     return text

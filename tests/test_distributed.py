@@ -24,7 +24,7 @@ def ranks():
     processes.close()
 
 
-def assert_equal_ranks_and_one(results, alone, atol=2e-6):
+def assert_equal_ranks_and_one(results, alone, atol=2e-6, loss_atol=1e-5):
     """Both ranks hold the same numbers, bit for bit, and one process with their batches has them within rounding."""
     assert same(results[0]["numbers"], results[1]["numbers"])
     assert same(results[0]["lora"], results[1]["lora"])
@@ -33,7 +33,7 @@ def assert_equal_ranks_and_one(results, alone, atol=2e-6):
         torch.testing.assert_close(results[0]["numbers"][name], value, rtol=0, atol=atol)
     for ours, theirs in zip(results[0]["lora"], alone["lora"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
-    assert results[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert results[0]["losses"] == pytest.approx(alone["losses"], abs=loss_atol)
 
 
 @ENGINES
@@ -145,7 +145,9 @@ def test_a_base_in_bfloat16(engine, ranks, tmp_path):
     options = {"attach": {"dtype": torch.bfloat16}}
     results = ranks(train, "vqa", str(tmp_path / "two"), engine, **options)
     assert {value.dtype for value in results[0]["numbers"].values()} == {torch.float32}
-    assert_equal_ranks_and_one(results, train("vqa", str(tmp_path / "one"), None, **options))
+    # The base's kernels round to bfloat16 otherwise for half a batch than for all of it, on some processors.
+    alone = train("vqa", str(tmp_path / "one"), None, **options)
+    assert_equal_ranks_and_one(results, alone, atol=2e-3, loss_atol=1e-2)
 
 
 @pytest.mark.parametrize(

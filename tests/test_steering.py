@@ -411,7 +411,7 @@ def test_script_reaches_its_figures(tmp_path, name, options, effect_at_least, da
     dial = {at["strength"]: at for at in seed["dial"]}
     assert dial[0.0]["effect"] == results["base"]["effect"]
     assert dial[0.0]["changed"] == 0.0  # the base, whatever was trained
-    assert dial[0.5]["effect"] < dial[1.0]["effect"] == seed["reft"]["effect"]
+    assert dial[0.0]["effect"] < dial[0.5]["effect"] <= dial[1.0]["effect"] == seed["reft"]["effect"]
     assert dial[2.0]["changed"] >= dial[1.0]["changed"]
     model = AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32)
     assert vlreft.load(model, tmp_path / "adapter").num_parameters() == parameters

@@ -147,7 +147,7 @@ def test_a_base_in_bfloat16(engine, ranks, tmp_path):
     assert {value.dtype for value in results[0]["numbers"].values()} == {torch.float32}
     # The base's kernels round to bfloat16 otherwise for half a batch than for all of it, on some processors.
     alone = train("vqa", str(tmp_path / "one"), None, **options)
-    assert_equal_ranks_and_one(results, alone, atol=2e-3, loss_atol=1e-2)
+    assert_equal_ranks_and_one(results, alone, atol=5e-4, loss_atol=2e-3)
 
 
 @pytest.mark.parametrize(

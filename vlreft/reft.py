@@ -191,11 +191,13 @@ class Reft:
 
     @contextmanager
     def recording(self) -> Iterator[list[Edited]]:
-        """Give a list that holds, afterwards, what each edit made inside did to which tokens, in the order of"""
+        """Give a list that holds, afterwards, what each edit made inside did to which tokens, in their order."""
         forget_compiled_graphs()
-        with recording(self._switch) as edits:
-            yield edits
-        forget_compiled_graphs()
+        try:
+            with recording(self._switch) as edits:
+                yield edits
+        finally:
+            forget_compiled_graphs()
 
     @contextmanager
     def prompt(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Iterator[None]:

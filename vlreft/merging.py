@@ -41,7 +41,8 @@ def merge(model: nn.Module, weights: Mapping[str, float], name: str = "merged") 
     activation, with `modules_to_save`, and for methods that are not linear in the state.
     """
     refts = _chosen(model, weights)
-    items = [_merged_item([reft.config.interventions[number] for reft in refts]) for number in _numbers(refts)]
+    _check_places(refts)
+    items = [_merged_item(items) for items in zip(*(reft.config.interventions for reft in refts), strict=True)]
     with torch.random.fork_rng(devices=[]):  # the start values are thrown away; leave the user's generator alone
         merged = attach(model, ReftConfig(items), name)
     factors = list(weights.values())
@@ -63,8 +64,8 @@ def _chosen(model: nn.Module, weights: Mapping[str, float]) -> list[Reft]:
     return refts
 
 
-def _numbers(refts: Sequence[Reft]) -> range:
-    """Return the numbers of the interventions. Raises ValueError where two adapters do not edit the same places."""
+def _check_places(refts: Sequence[Reft]) -> None:
+    """Raise ValueError where two adapters do not edit the same places."""
     places = [_places(reft) for reft in refts]
     for reft, others in zip(refts, places, strict=True):
         if differing := [pair for pair in zip_longest(places[0], others) if pair[0] != pair[1]]:
@@ -72,7 +73,6 @@ def _numbers(refts: Sequence[Reft]) -> range:
                 f"the adapters '{refts[0].name}' and '{reft.name}' do not edit the same places in the same order: "
                 f"{differing[0][0]} against {differing[0][1]}; stack them with `vlreft.use` instead"
             )
-    return range(len(refts[0].config.interventions))
 
 
 def _places(reft: Reft) -> list[str]:

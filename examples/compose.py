@@ -128,8 +128,8 @@ def compare(model: Any, collator: vlreft.Collator, sets: Mapping[str, Any], args
         with grouped.groups(task):
             score(f"group {task}")
     score("both groups")
-    router = {task: Gate.learn(model, grouped, collator, *sets[f"gate {task}"]) for task in TASKS}
-    answers = {kind: answer(model, collator, sets[kind], args.max_new_tokens, grouped, router) for kind in SETS}
+    gates = {task: Gate.learn(model, grouped, collator, *sets[f"gate {task}"]) for task in TASKS}
+    answers = {kind: answer(model, collator, sets[kind], args.max_new_tokens, Router(grouped, gates)) for kind in SETS}
     note("both groups, routed", answers)
     angles = {"two groups": by_place(principal_angles((grouped, TASKS[0]), (grouped, TASKS[1])))}
     grouped.save_pretrained(folder / "grouped")
@@ -172,21 +172,12 @@ def batches(model: Any, collator: vlreft.Collator, rows: Any) -> Iterator[dict[s
 
 
 def answer(
-    model: Any,
-    collator: vlreft.Collator,
-    rows: Any,
-    max_new_tokens: int,
-    grouped: vlreft.Reft | None = None,
-    router: Mapping[str, "Gate"] | None = None,
+    model: Any, collator: vlreft.Collator, rows: Any, max_new_tokens: int, router: "Router | None" = None
 ) -> list[str]:
     """Answer each row, greedily, with all that is on the model; with a router, by the groups that it opens for it."""
     answers: list[str] = []
     for batch in batches(model, collator, rows):
-        routed: AbstractContextManager[None] = nullcontext()
-        if grouped is not None and router is not None:
-            states_BF = features(grouped, batch)
-            routed = grouped.groups({task: gate.open(states_BF) for task, gate in router.items()})
-        with routed:
+        with nullcontext() if router is None else router.routed(batch):
             ids_BS = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers += collator.decode(ids_BS, batch["input_ids"].shape[1])
     return answers
@@ -230,6 +221,19 @@ class Gate:
     def open(self, states_BF: Tensor) -> Tensor:
         """Return for each row whether it is open, as a strength of 0 or 1, (B,)."""
         return (self.logits(states_BF) > 0).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """A gate for each group of an adapter."""
+
+    grouped: vlreft.Reft
+    gates: Mapping[str, Gate]
+
+    def routed(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Let the groups act, inside, on the rows that their gates open them for."""
+        states_BF = features(self.grouped, batch)
+        return self.grouped.groups({group: gate.open(states_BF) for group, gate in self.gates.items()})
 
 
 def report(runs: Sequence[Scores], angles: Degrees, args: Namespace) -> None:

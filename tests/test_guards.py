@@ -38,6 +38,7 @@ ARROWS = {
     "training.interrupts": set(),
     "training.watch": set(),
     "causal": {"edit"},
+    "holding": {"edit"},
     "data.collator": {"data.samples"},
     "data.contrast": {"data.samples"},
     "data.datasets": {"data.files"},
@@ -75,7 +76,7 @@ ARROWS = {
     "saving.hub": {"saving.card", "saving.checkpoint"},
     "training.folders": {"saving.checkpoint"},
     "reft": {
-        *("acting", "config", "edit", "layout", "models.sites", "placed", "plan", "positions"),
+        *("acting", "config", "holding", "layout", "models.sites", "placed", "plan", "positions"),
         *("running.beside", "running.heads", "running.hooks", "saving.card", "saving.checkpoint"),
         *("saving.hub", "saving.shards"),
     },

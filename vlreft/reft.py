@@ -22,7 +22,7 @@ from vlreft.acting import (
     recording,
 )
 from vlreft.config import ReftConfig
-from vlreft.edit import holding
+from vlreft.holding import holding
 from vlreft.layout import text_layout
 from vlreft.models.sites import Sites
 from vlreft.placed import Placed, States, Strength, Switch

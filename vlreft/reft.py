@@ -163,7 +163,11 @@ class Reft:
         runs once, in evaluation mode, without a graph; other adapters on it act. Raises ValueError where no token is
         selected.
         """
-        return reads_of(self._read(batch, positions), self._placed)
+        forget_compiled_graphs()
+        try:
+            return reads_of(self._read(batch, positions), self._placed)
+        finally:
+            forget_compiled_graphs()
 
     @contextmanager
     def sources(
@@ -176,17 +180,9 @@ class Reft:
         positions: which tokens of the source are read, by default those that the interventions select of the base. The
             first selected one goes to the first, and so on: as many have to be selected of both.
         """
-        if isinstance(batch, Mapping):
-            found = self._read(batch, positions)
-        else:
-            if len(batch) != len(self.config.interventions):
-                raise ValueError(
-                    f"{len(batch)} sources were given for {len(self.config.interventions)} interventions; give one "
-                    "batch for all, or one for each"
-                )
-            reads = [self._read(one, positions) for one in batch]
-            found = {item: reads[item.where.number][item] for item in self._placed if item in reads[item.where.number]}
-        with self.changed(sources=found):
+        with self.changed(sources=None):
+            self._switch.sources = self._read_sources(batch, positions)
+            forget_compiled_graphs()
             yield
 
     @contextmanager
@@ -324,11 +320,20 @@ class Reft:
         others = None if positions is None else parse_positions(positions)
         if others is not None:
             check_read_positions(others, self._placed)
-        forget_compiled_graphs()
-        try:
-            return read_states(self.model, self._switch, batch, others)
-        finally:
-            forget_compiled_graphs()
+        return read_states(self.model, self._switch, batch, others)
+
+    def _read_sources(
+        self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], positions: str | None
+    ) -> dict[Placed, States]:
+        if isinstance(batch, Mapping):
+            return self._read(batch, positions)
+        if len(batch) != len(self.config.interventions):
+            raise ValueError(
+                f"{len(batch)} sources were given for {len(self.config.interventions)} interventions; give one batch "
+                "for all, or one for each"
+            )
+        reads = [self._read(one, positions) for one in batch]
+        return {item: reads[item.where.number][item] for item in self._placed if item in reads[item.where.number]}
 
     def _set(self, on: bool) -> None:
         if self._switch.on != on:

@@ -10,6 +10,7 @@ from zoo import FAMILIES, Spy, shake
 
 import vlreft
 from vlreft.reft import find_reft
+from vlreft.running.endings import ending_behind
 
 TWO = [FAMILIES["llama"], FAMILIES["llava"]]
 
@@ -236,6 +237,40 @@ def test_read_states_are_those_that_the_edit_is_given(family, site, attached):
     for row, chosen_T in enumerate(chosen):
         assert read.states_BKD[row][read.valid_BK[row]].equal(h[row][chosen_T].detach())
         assert not read.states_BKD[row][~read.valid_BK[row]].any()
+
+
+@pytest.mark.parametrize("component", ["output", "input"])
+def test_a_read_ends_behind_its_last_block(component, attached):
+    family = FAMILIES["llava"]
+    model, reft = attached(family, at("text", positions="prompt:l1", layers=[0], component=component))
+    batch, blocks, ran = family.batch(SAMPLES), family.blocks(model, "text"), []
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    with torch.no_grad():
+        before = model.eval()(**batch).logits
+        ran.clear()
+        reft.read(batch)
+        assert ran == [0]
+        assert model(**batch).logits.equal(before)
+
+
+@pytest.mark.parametrize("what", ["layer", "site", "hook", "compiled", "twice"])
+def test_a_read_that_could_miss_something_runs_to_the_end(what, attached):
+    family = FAMILIES["llava"]
+    site, layers = ("vision", [0]) if what == "site" else ("text", [-1 if what == "layer" else 0])
+    model, reft = attached(family, at(site, positions="all", layers=layers))
+    batch, blocks, ran = family.batch(SAMPLES), family.blocks(model, "text"), []
+    if what == "hook":
+        blocks[1].__dict__["_hf_hook"] = None
+    if what == "compiled":
+        blocks[1]._compiled_call_impl = blocks[1]._call_impl
+    model.register_forward_hook(lambda *_: ran.append(what))
+    if what == "twice":
+        with ending_behind(model, (blocks[0], blocks[0], blocks[1]), [0]), torch.no_grad():
+            model(**batch)
+    else:
+        reft.read(batch)
+    assert ran == [what]
 
 
 def test_parts_are_read_apart(attached):

@@ -31,6 +31,7 @@ ARROWS = {
     "reuse.caches": set(),
     "reuse.grouping": set(),
     "reuse.stores": set(),
+    "running.endings": set(),
     "running.outputs": set(),
     "running.prompts": set(),
     "saving.shards": set(),
@@ -57,7 +58,6 @@ ARROWS = {
     "drawing.shown": {"models.sites"},
     "placed": {"edit", "positions"},
     "running.pictures": {"layout", "models.sites"},
-    "acting": {"placed", "positions"},
     "plan": {"config", "edit", "models.components", "models.sites"},
     "published": {"config"},
     "running.beside": {"placed"},
@@ -73,6 +73,7 @@ ARROWS = {
         *("running.beside", "running.blocks", "running.outputs", "running.pictures", "running.prompts"),
         *("running.streams", "running.towers"),
     },
+    "acting": {"placed", "positions", "running.endings", "running.hooks"},
     "saving.hub": {"saving.card", "saving.checkpoint"},
     "training.folders": {"saving.checkpoint"},
     "reft": {

@@ -4,7 +4,7 @@ Shape suffixes: B = rows, T = tokens of a forward, K = most selected tokens of a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vlreft.placed import Change, Placed, States, Strength, Switch
 from vlreft.positions import Positions
+from vlreft.running.endings import ending_behind
+from vlreft.running.hooks import Runtime
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +86,25 @@ def _edited(placed: Placed, change: Change) -> Edited:
 
 @torch.no_grad()
 def read_states(
-    model: nn.Module, switch: Switch, batch: Mapping[str, Any], positions: Positions | None = None
+    runtime: Runtime, switch: Switch, batch: Mapping[str, Any], positions: Positions | None = None
 ) -> dict[Placed, States]:
     """Run a model on a batch, in evaluation mode and without this adapter's edits; return what it selects."""
     before = switch.reads, switch.read_positions, switch.on
     switch.reads, switch.read_positions, switch.on = {}, positions, True
     try:
-        with evaluating(model):
-            model(**batch)
+        with evaluating(runtime.model), _ending(runtime, switch):
+            runtime.model(**batch)
         return switch.reads
     finally:
         switch.reads, switch.read_positions, switch.on = before
+
+
+def _ending(runtime: Runtime, switch: Switch) -> AbstractContextManager[None]:
+    """End the forward behind the last block that is read, where only blocks of a decoder are."""
+    read = [hooked for hooked in runtime.hooked.values() if any(item.switch is switch for item in hooked.items)]
+    if runtime.batches.has_encoder or {hooked.site.name for hooked in read} != {"text"}:
+        return nullcontext()
+    return ending_behind(runtime.model, read[0].site.blocks, [hooked.layer for hooked in read])
 
 
 def reads_of(found: Mapping[Placed, States], placed: Sequence[Placed]) -> list[Read]:

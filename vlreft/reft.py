@@ -320,7 +320,7 @@ class Reft:
         others = None if positions is None else parse_positions(positions)
         if others is not None:
             check_read_positions(others, self._placed)
-        return read_states(self.model, self._switch, batch, others)
+        return read_states(self.runtime, self._switch, batch, others)
 
     def _read_sources(
         self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], positions: str | None

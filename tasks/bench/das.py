@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "num_steps": args.steps,
             "wide": WIDE,
             "train": pairs(4096, 1),
-            "test": pairs(1024, 2),
+            "test": pairs(16_384, 2),
         }
         path = folder / "order.json"
         path.write_text(json.dumps(order), encoding="utf-8")

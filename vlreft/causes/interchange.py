@@ -291,7 +291,7 @@ def _patch_cells(
     others = None if collator.source_positions is None else parse_positions(collator.source_positions)
     for batch in _batches(model, rows, collator, batch_size):
         with _placed(runtime, cells, range(len(cells.placed))):
-            found = read_states(model, cells.switch, batch.sources, others)
+            found = read_states(runtime, cells.switch, batch.sources, others)
         base = batch.score(model)
         bases.append(base)
         for number, placed in enumerate(cells.placed):

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import open_clip
 import torch
@@ -19,13 +19,14 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     DataCollatorWithPadding,
+    TrainingArguments,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tasks.metrics.ranking import rankings
 from tasks.metrics.score import Row
 from tasks.task import Task, column, texts_of
-from vlreft import ClassCollator, Collator, PairCollator, ReftTrainer, zero_shot
+from vlreft import ClassCollator, Collator, PairCollator, zero_shot
 from vlreft.data.contrast import embed_pairs
 from vlreft.training.answers import AnswerFile, answer_all
 
@@ -63,6 +64,21 @@ class Examples(Dataset):
         return (self[place] for place in range(len(self)))
 
 
+class Answering(Protocol):
+    """What a setup needs of a trainer to answer."""
+
+    @property
+    def args(self) -> TrainingArguments:
+        """Say how many rows are answered at once."""
+        ...
+
+    def predict_answers(
+        self, dataset: Any, *, file: AnswerFile | None = None, score: Callable[[Sequence[str]], float] | None = None
+    ) -> list[str]:
+        """Generate an answer for each example."""
+        ...
+
+
 class Setup(ABC):
     """A base and its collator.
 
@@ -81,7 +97,7 @@ class Setup(ABC):
         """Make the examples of a part of the data."""
 
     @abstractmethod
-    def answers(self, trainer: ReftTrainer, rows: Any, file: AnswerFile, score: Callable | None) -> list[Any]:
+    def answers(self, trainer: Answering, rows: Any, file: AnswerFile, score: Callable | None) -> list[Any]:
         """Answer all rows with the model as it is; what the file holds is not done again."""
 
 
@@ -108,7 +124,7 @@ class GenerateSetup(Setup):
         """Put the rows' columns into the prompt."""
         return Examples(rows, lambda row: {**row, "question": self.prompt.format_map(row)})
 
-    def answers(self, trainer: ReftTrainer, rows: Any, file: AnswerFile, score: Callable | None) -> list[str]:
+    def answers(self, trainer: Answering, rows: Any, file: AnswerFile, score: Callable | None) -> list[str]:
         """Generate in left-padded batches."""
         return trainer.predict_answers(self.examples(rows, training=False), file=file, score=score)
 
@@ -140,7 +156,7 @@ class SequenceSetup(Setup):
 
         return Examples(rows, make)
 
-    def answers(self, trainer: ReftTrainer, rows: Any, file: AnswerFile, score: Callable | None) -> list[str]:
+    def answers(self, trainer: Answering, rows: Any, file: AnswerFile, score: Callable | None) -> list[str]:
         """Give the likeliest label's name, or the number as text."""
 
         def answer(examples: list[Row]) -> list[str]:
@@ -170,7 +186,7 @@ class ClassesSetup(Setup):
         """Give each class its number."""
         return Examples(rows, lambda row: {"image": row["image"], "label": self.classes.index(row["answer"])})
 
-    def answers(self, trainer: ReftTrainer, rows: Any, file: AnswerFile, score: Callable | None) -> list[str]:
+    def answers(self, trainer: Answering, rows: Any, file: AnswerFile, score: Callable | None) -> list[str]:
         """Classify all pictures at once: the classes' prompts are encoded once."""
         size = trainer.args.per_device_eval_batch_size
         pictures = Examples(rows, lambda row: {"image": row["image"]})
@@ -196,7 +212,7 @@ class PairsSetup(Setup):
         """Keep picture and text."""
         return Examples(rows, lambda row: {"image": row["image"], "text": row["text"]})
 
-    def answers(self, trainer: ReftTrainer, rows: Any, file: AnswerFile, score: Callable | None) -> list[Any]:
+    def answers(self, trainer: Answering, rows: Any, file: AnswerFile, score: Callable | None) -> list[Any]:
         """Rank all texts for each picture and all pictures for each text."""
         size = trainer.args.per_device_eval_batch_size
 

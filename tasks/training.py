@@ -1,49 +1,46 @@
-"""`TaskTrainer`: `ReftTrainer` that evaluates by the task's own metric on dev, and answers any part into a file."""
+"""Trainers that evaluate by the task's own metric on dev, and answer any part into a file.
+
+`TaskTrainer` trains interventions, `PlainTrainer` whatever else was put on a base, or the base itself: one loop, one
+collator, one way to answer, one metric.
+"""
 
 import hashlib
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
-from transformers import TrainerCallback, TrainingArguments
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tasks.metrics.score import Score
-from tasks.setups import Setup
+from tasks.setups import Answering, Setup
 from tasks.task import Task, texts_of
-from vlreft import ReftTrainer
-from vlreft.training.answers import AnswerFile
+from vlreft import Collator, KeptPrefixes, ReftTrainer
+from vlreft.training.answers import AnswerFile, answer_all
 
 
-class TaskTrainer(ReftTrainer):
-    """Train the interventions on the setup's model; `eval_score` is the metric's value on dev.
+class Scoring(Trainer):
+    """The part that all trainers of a task share; `eval_score` is the metric's value on dev.
 
     folder: where the answers to dev are written, a file for each evaluation.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        setup: Setup,
-        args: TrainingArguments,
-        train: datasets.Dataset | None,
-        dev: datasets.Dataset | None,
-        folder: Path,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        super().__init__(
-            model=setup.model,
-            args=args,
-            data_collator=setup.collator,
-            train_dataset=None if train is None else setup.examples(train, training=True),
-            eval_dataset=dev,
-            compute_loss_func=setup.loss,
-            callbacks=callbacks,
-            generation=setup.generation,
-        )
-        self.task, self.setup, self.dev, self.folder = task, setup, dev, folder
+    task: Task
+    setup: Setup
+    dev: datasets.Dataset | None
+    folder: Path
+
+    def without_edits(self) -> AbstractContextManager[None]:
+        """Let the base answer inside."""
+        raise NotImplementedError
+
+    def answers_key(self) -> str:
+        """Return a hash of what answers depend on."""
+        raise NotImplementedError
 
     def evaluate(
         self,
@@ -69,7 +66,7 @@ class TaskTrainer(ReftTrainer):
     def answer(self, rows: datasets.Dataset, path: Path, *, base: bool = False, replace: bool = False) -> list[Any]:
         """Answer the rows into a file, the official submission's form beside it; `base` is without interventions."""
         texts = list(texts_of(rows))
-        with self.reft.disabled() if base else nullcontext():
+        with self.without_edits() if base else nullcontext():
             key = hashlib.sha256(f"{self.answers_key()} {len(rows)}".encode()).hexdigest()
             file = AnswerFile(path, key, line=self.task.line, replace=replace)
 
@@ -79,8 +76,104 @@ class TaskTrainer(ReftTrainer):
                 except ValueError:  # too few rows for this metric yet
                     return math.nan
 
-            return self.setup.answers(self, rows, file, so_far)
+            return self.setup.answers(cast(Answering, self), rows, file, so_far)
 
     def score(self, answers: Sequence[Any], rows: datasets.Dataset) -> Score:
         """Score answers by the task's metric."""
         return self.task.metric(answers, list(texts_of(rows)))
+
+
+class TaskTrainer(Scoring, ReftTrainer):
+    """Train the interventions on the setup's model. folder: where the answers to dev are written."""
+
+    def __init__(
+        self,
+        task: Task,
+        setup: Setup,
+        args: TrainingArguments,
+        train: datasets.Dataset | None,
+        dev: datasets.Dataset | None,
+        folder: Path,
+        callbacks: list[TrainerCallback] | None = None,
+        keep_prefixes: KeptPrefixes | None = None,
+    ) -> None:
+        super().__init__(
+            model=setup.model,
+            args=args,
+            data_collator=setup.collator,
+            train_dataset=None if train is None else setup.examples(train, training=True),
+            eval_dataset=dev,
+            compute_loss_func=setup.loss,
+            callbacks=callbacks,
+            generation=setup.generation,
+            keep_prefixes=keep_prefixes,
+        )
+        self.task, self.setup, self.dev, self.folder = task, setup, dev, folder
+
+    def without_edits(self) -> AbstractContextManager[None]:
+        """Let the base answer inside."""
+        return self.reft.disabled()
+
+    def answers_key(self) -> str:
+        """Return a hash of interventions, generation, batch and base."""
+        return ReftTrainer.answers_key(self)
+
+
+class PlainTrainer(Scoring):
+    """Train what is trainable in `model`, which is the setup's base or stands around it."""
+
+    def __init__(
+        self,
+        task: Task,
+        setup: Setup,
+        args: TrainingArguments,
+        train: datasets.Dataset | None,
+        dev: datasets.Dataset | None,
+        folder: Path,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        model: nn.Module,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=setup.collator,
+            train_dataset=None if train is None else setup.examples(train, training=True),  # pyright: ignore
+            eval_dataset=dev,  # pyright: ignore[reportArgumentType]
+            compute_loss_func=setup.loss,
+            callbacks=callbacks,
+        )
+        self.task, self.setup, self.dev, self.folder = task, setup, dev, folder
+        self.adapted = model
+        if setup.loss is not None:
+            self.label_names = ["labels"]  # the model's forward, which they are read off else, knows of none
+
+    def answers_key(self) -> str:
+        """Return a hash of the trained numbers and of how the answers are made."""
+        digest = hashlib.sha256(f"{self.setup.generation} {self.args.per_device_eval_batch_size}".encode())
+        for name, parameter in self.adapted.named_parameters():
+            if parameter.requires_grad:
+                digest.update(name.encode())
+                digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def predict_answers(
+        self, dataset: Any, *, file: AnswerFile | None = None, score: Callable[[Sequence[str]], float] | None = None
+    ) -> list[str]:
+        """Generate an answer for each example, as `ReftTrainer.predict_answers` does, in one process."""
+        collator, model = self.setup.collator, self.adapted
+        assert isinstance(collator, Collator)
+
+        def answer(examples: list[Any]) -> list[str]:
+            batch = self._prepare_inputs(collator.prompts(examples))
+            with torch.no_grad():
+                ids_BS = model.generate(**batch, **self.setup.generation)  # pyright: ignore[reportCallIssue]
+            return collator.decode(ids_BS, batch["input_ids"].shape[1])
+
+        was_training, size = model.training, self.args.per_device_eval_batch_size
+        model.eval()
+        try:
+            is_shown = not self.args.disable_tqdm
+            return answer_all(answer, dataset, range(len(dataset)), size, file=file, score=score, is_shown=is_shown)
+        finally:
+            model.train(was_training)

@@ -133,7 +133,7 @@ ARROWS = {
 
 PUBLIC = {
     *("BoundlessSchedule", "ClassCollator", "Collator", "FeatureCache", "InterchangeCollator"),
-    *("Intervention", "PairCollator", "Questions", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
+    *("Intervention", "KeptPrefixes", "PairCollator", "Questions", "Reft", "ReftConfig", "ReftMixin", "ReftTrainer"),
     *("import_adapterhub", "import_pyreft"),
     *("attach", "contrastive_loss", "describe", "interchange_accuracy", "load", "merge", "patch_grid", "plot_edits"),
     *("plot_next_tokens", "plot_placement", "principal_angles", "recipe", "reference", "steer", "use"),

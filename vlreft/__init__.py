@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vlreft.recipes import recipe
     from vlreft.reft import Reft
     from vlreft.reuse.features import FeatureCache
+    from vlreft.reuse.kept import KeptPrefixes
     from vlreft.reuse.questions import Questions
     from vlreft.saving.adapterhub import import_adapterhub
     from vlreft.saving.pyreft import import_pyreft
@@ -31,6 +32,7 @@ __all__ = [
     "FeatureCache",
     "InterchangeCollator",
     "Intervention",
+    "KeptPrefixes",
     "PairCollator",
     "Questions",
     "Reft",
@@ -90,6 +92,8 @@ def __getattr__(name: str) -> Any:
         from vlreft.models import description as home
     elif name == "FeatureCache":
         from vlreft.reuse import features as home
+    elif name == "KeptPrefixes":
+        from vlreft.reuse import kept as home
     elif name == "Questions":
         from vlreft.reuse import questions as home
     elif name == "merge":

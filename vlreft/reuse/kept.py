@@ -35,12 +35,15 @@ class KeptPrefixes:
     """Keeps prefixes within a budget, least recently used first to go, known by their content.
 
     budget: bytes, or a text as "2GB". folder: keep them there, in safetensors files, instead of in host memory; they
-    lie in a folder of their own inside of it, which goes with this object: another run may have another base. num_hits,
-    num_misses: prefixes that were found, and that had to be run. Raises ValueError for a budget that is none, and for
-    a folder that cannot be written to.
+    lie in a folder of their own inside of it, which goes with this object: another run may have another base. One
+    object serves trainings one after the other on a base that stays in memory, whatever is edited behind the prefix.
+    required: where prefixes cannot be kept, a trainer raises ValueError; else it says so in the log and keeps none.
+    num_hits, num_misses: prefixes that were found, and that had to be run. Raises ValueError for a budget that is none,
+    and for a folder that cannot be written to.
     """
 
-    def __init__(self, budget: int | str, folder: str | Path | None = None) -> None:
+    def __init__(self, budget: int | str, folder: str | Path | None = None, *, required: bool = True) -> None:
+        self.required = required
         try:
             self.budget = bytes_of(budget)
         except ValueError as error:

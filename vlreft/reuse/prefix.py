@@ -74,7 +74,7 @@ class PrefixReuse:
 
     required: where the prefix cannot be reused, raise ValueError with the reason, instead of logging it once and taking
     the plain step. kept: keeps prefixes from step to step; where the model or the config forbids it, that is a
-    ValueError too. What is kept is not found again once a number of the base has changed.
+    ValueError too, if it is `required`. What is kept is not found again once a number of the base has changed.
     """
 
     def __init__(self, reft: Reft, *, required: bool, kept: KeptPrefixes | None = None) -> None:
@@ -356,7 +356,7 @@ class PrefixReuse:
             logger.log(logging.INFO if self.kept is None else logging.WARNING, text)
 
     def _refuse(self, reason: str) -> None:
-        if reason and self.kept is not None:
+        if reason and self.kept is not None and self.kept.required:
             raise ValueError(f"`keep_prefixes` is not possible: {reason}; leave it out")
         if reason and self.required:
             raise ValueError(f"`reuse_prefix=True` is not possible: {reason}")

@@ -50,7 +50,7 @@ class ReftMixin(SafeTraining, Sharding):
 
     # Off here: other trainers read the logits of the whole batch. `ReftTrainer` has "auto".
     reuse_prefix: Literal["auto"] | bool = False
-    keep_prefixes: int | str | None = None
+    keep_prefixes: int | str | KeptPrefixes | None = None
     keep_prefixes_in: str | Path | None = None
     group_by_image: bool = False
     _reuse: PrefixReuse | None = None
@@ -133,7 +133,7 @@ class ReftMixin(SafeTraining, Sharding):
                 "'auto'"
             )
         kept = self._kept_prefixes()
-        if forbidden and kept is not None:
+        if forbidden and kept is not None and kept.required:
             raise ValueError(
                 "`keep_prefixes` goes with neither FSDP, DeepSpeed, torch_compile, peft nor `modules_to_save`; leave "
                 "it out"
@@ -152,6 +152,10 @@ class ReftMixin(SafeTraining, Sharding):
             return None
         if self.reuse_prefix is False:
             raise ValueError("`keep_prefixes` keeps what `reuse_prefix` reuses, which is off; set it to 'auto' or True")
+        if isinstance(self.keep_prefixes, KeptPrefixes):
+            if self.keep_prefixes_in is not None:
+                raise ValueError("a `vlreft.KeptPrefixes` has its own folder; leave `keep_prefixes_in` out")
+            return self.keep_prefixes
         if self._kept is None:
             self._kept = KeptPrefixes(self.keep_prefixes, self.keep_prefixes_in)
         return self._kept
@@ -271,7 +275,7 @@ class ReftTrainer(ReftMixin, Trainer):
         answer_metrics: AnswerMetrics | None = None,
         generation: Mapping[str, Any] | None = None,
         reuse_prefix: Literal["auto"] | bool = "auto",
-        keep_prefixes: int | str | None = None,
+        keep_prefixes: int | str | KeptPrefixes | None = None,
         keep_prefixes_in: str | Path | None = None,
         group_by_image: bool = False,
     ) -> None:

@@ -1,0 +1,1 @@
+"""Ways to adapt a frozen base, each with its own search space."""

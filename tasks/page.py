@@ -175,8 +175,8 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
-def chart(text: str, lines: Sequence[Line]) -> str:
-    """Return a chart of values by step, with its legend; nothing if there are no finite points."""
+def chart(text: str, lines: Sequence[Line], along: str = "step") -> str:
+    """Return a chart of values by step, or what else is `along`, with its legend; nothing without finite points."""
     drawn = [Line(line.name, averaged(line.points)) for line in lines]
     finite = [(x, y) for line in drawn for x, y in line.points if math.isfinite(y)]
     if not finite:
@@ -186,7 +186,7 @@ def chart(text: str, lines: Sequence[Line]) -> str:
     body = _axes(x_range, y_range) + "".join(_drawn(n, line, x_range, y_range) for n, line in enumerate(drawn))
     per_point = max(-(-len(line.points) // NUM_POINTS) for line in lines)
     note = f" (each point the mean of {per_point} or fewer)" if per_point > 1 else ""
-    name = f"{escaped(text)}, by step"
+    name = f"{escaped(text)}, by {escaped(along)}"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-size="11" role="img" aria-label="{name}">{body}</svg>'
     return f"<figure><figcaption>{name}{note}</figcaption>{svg}{_keys(drawn)}</figure>"
 

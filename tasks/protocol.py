@@ -102,7 +102,7 @@ class Run:
             adapter = self.settings.adapter
             self.manifest.select({"adapters": [] if adapter is None else [adapter], "lr": None})
             return
-        train, dev = self._train_and_dev()
+        train, dev = load_train_and_dev(self.source, self.settings)
         setup = self.loaded(self.source, train)
         vlreft.attach(setup.model, self._config(setup)).detach()  # a config that does not fit is told before all else
         for name, rows in (("train", train), ("dev", dev)):
@@ -111,27 +111,6 @@ class Run:
         best = max(tried, key=_dev_value)
         trials = [best, *(self._trial(best["lr"], seed, train, dev) for seed in self.settings.seeds[1:])]
         self.manifest.select({"lr": best["lr"], "adapters": [trial["adapter"] for trial in trials]})
-
-    def _train_and_dev(self) -> tuple[datasets.Dataset, datasets.Dataset]:
-        parts, settings = self.source.parts, self.settings
-        assert parts.train is not None
-        folder = self.data if settings.train_data is None else Path(settings.train_data)
-        num_dev = parts.num_dev if settings.num_dev is None else settings.num_dev
-        train = self.source.load(parts.train, folder)
-        if parts.dev is not None:
-            dev = self.source.load(parts.dev, folder)
-            if settings.num_dev is not None:
-                dev = dev.select(range(min(settings.num_dev, len(dev))))
-        else:
-            train, dev = cut_dev(train, parts, num_dev, settings.split_seed)
-        if settings.shots is not None:
-            train = draw_shots(train, settings.shots, settings.split_seed)
-        if settings.num_train is not None:
-            train = train.shuffle(seed=settings.split_seed).select(range(min(settings.num_train, len(train))))
-        if settings.drop_shared:
-            return without_shared(train, dev), dev
-        refuse_shared(train, dev)
-        return train, dev
 
     def _trial(self, lr: float, seed: int, train: datasets.Dataset, dev: datasets.Dataset) -> dict[str, Any]:
         """Train one candidate, or return its record if that was done before."""
@@ -238,21 +217,8 @@ class Run:
     def loaded(self, task: Task, rows: datasets.Dataset) -> Setup:
         """The base, loaded once for all trials, and once more where the test is of another kind."""
         if self.setup is None or self.setup.task is not task:
-            settings = self.settings
-            options = Options(
-                device=settings.device,
-                dtype=getattr(torch, settings.dtype),
-                max_length=settings.max_length,
-                overflow=settings.overflow,
-                prompt=settings.prompt,
-                generation=settings.generation,
-            )
-            set_seed(settings.seeds[0])  # a head without trained weights starts at random
-            try:
-                self.setup = load_setup(task, settings.model, options, rows)
-            except OSError as error:
-                raise ValueError(f"the model {settings.model!r} cannot be loaded: {error}") from error
-            self.manifest.data.setdefault("base", _base(self.setup.model))
+            self.setup = load_base(task, self.settings, rows)
+            self.manifest.data.setdefault("base", describe_base(self.setup.model))
         return self.setup
 
     def _refuse_missing_parts(self) -> None:
@@ -278,13 +244,53 @@ def _trained(trainer: TaskTrainer, folder: Path) -> dict[str, Any]:
     }
 
 
+def load_train_and_dev(source: Task, settings: Settings) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Load what is trained and selected on. Raises ValueError where the two share an example."""
+    parts, train_data = source.parts, settings.train_data or settings.data
+    assert parts.train is not None
+    folder = None if train_data is None else Path(train_data)
+    num_dev = parts.num_dev if settings.num_dev is None else settings.num_dev
+    train = source.load(parts.train, folder)
+    if parts.dev is not None:
+        dev = source.load(parts.dev, folder)
+        if settings.num_dev is not None:
+            dev = dev.select(range(min(settings.num_dev, len(dev))))
+    else:
+        train, dev = cut_dev(train, parts, num_dev, settings.split_seed)
+    if settings.shots is not None:
+        train = draw_shots(train, settings.shots, settings.split_seed)
+    if settings.num_train is not None:
+        train = train.shuffle(seed=settings.split_seed).select(range(min(settings.num_train, len(train))))
+    if settings.drop_shared:
+        return without_shared(train, dev), dev
+    refuse_shared(train, dev)
+    return train, dev
+
+
+def load_base(task: Task, settings: Settings, rows: datasets.Dataset) -> Setup:
+    """Load the base of some settings. Raises ValueError if it cannot be."""
+    options = Options(
+        device=settings.device,
+        dtype=getattr(torch, settings.dtype),
+        max_length=settings.max_length,
+        overflow=settings.overflow,
+        prompt=settings.prompt,
+        generation=settings.generation,
+    )
+    set_seed(settings.seeds[0])  # a head without trained weights starts at random
+    try:
+        return load_setup(task, settings.model, options, rows)
+    except OSError as error:
+        raise ValueError(f"the model {settings.model!r} cannot be loaded: {error}") from error
+
+
 def load_test(task: Task, part: str, folder: Path | None, num_test: int | None, seed: int) -> datasets.Dataset:
     """Load a part of the test, whole or `num_test` rows of it, drawn by the seed."""
     rows = task.load(part, folder)
     return rows if num_test is None else rows.shuffle(seed=seed).select(range(min(num_test, len(rows))))
 
 
-def _base(model: torch.nn.Module) -> dict[str, Any]:
+def describe_base(model: torch.nn.Module) -> dict[str, Any]:
     """What was adapted, and on what machine."""
     config = model.config if isinstance(model, PreTrainedModel) else None
     device = next(model.parameters()).device

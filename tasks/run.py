@@ -5,6 +5,7 @@
     python -m tasks.run vqav2 --model llava-hf/llava-1.5-7b-hf --data FOLDER --lr 3e-4 1e-3 --seeds 0 1 2
     python -m tasks.run vqav2 --model llava-hf/llava-1.5-7b-hf --recipe mores
     python -m tasks.run pope --model llava-hf/llava-1.5-7b-hf --adapter runs/vqav2/trials/.../adapter
+    python -m tasks.run demo_refuse --found runs/search/demo_refuse/best.json    # what `tasks.search` has found
 
 The data are the official files in FOLDER, else the hub's. The same command goes on where an interrupted one stopped; a
 finished run is only shown. Everything is in the output folder: `manifest.json`, `report.html`, every trial, and all
@@ -75,11 +76,12 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(task: Task, args: argparse.Namespace) -> Settings:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = args.model or str(ASSETS / DEMO_MODELS[_sort_of(task)])
-    if args.threads or _is_small(model):
+    model = args.model or str(ASSETS / DEMO_MODELS[sort_of(task)])
+    if args.threads or is_small(model):
         torch.set_num_threads(args.threads or 1)  # a small model spends more time on waking threads than on arithmetic
     recipe = vlreft.recipe(args.recipe) if args.recipe else None
-    training = {**(recipe.training if recipe else DEFAULTS), **dict(map(_assignment, args.set))}
+    found = {} if args.found is None else _found(args.found)["training"]
+    training = {**(recipe.training if recipe else DEFAULTS), **found, **dict(map(assignment, args.set))}
     rate = training.pop("learning_rate")
     given = {
         "num_train_epochs": args.epochs,
@@ -101,7 +103,7 @@ def _settings(task: Task, args: argparse.Namespace) -> Settings:
         generation={
             **(recipe.generation if recipe else {}),
             **({"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}),
-            **dict(map(_assignment, args.generate)),
+            **dict(map(assignment, args.generate)),
         },
         shots=args.shots,
         num_train=args.num_train,
@@ -119,6 +121,14 @@ def _settings(task: Task, args: argparse.Namespace) -> Settings:
     )
 
 
+def _found(name: str) -> dict[str, Any]:
+    """What a search has found. Raises ValueError for a file that holds no interventions."""
+    found = json.loads(Path(name).read_text())
+    if not isinstance(found, dict) or not {"config", "training"} <= found.keys():
+        raise ValueError(f"{name} holds no interventions that a search has found; give its best.json of a ReFT method.")
+    return found
+
+
 def _length_of(recipe: Recipe | None) -> int | None:
     return None if recipe is None else {**recipe.collator, **recipe.tokenizer}.get("max_length")
 
@@ -127,13 +137,15 @@ def _config(task: Task, args: argparse.Namespace) -> vlreft.ReftConfig:
     """What is trained: a recipe's or a file's config, else one method at the places that were named."""
     if args.recipe:
         return vlreft.recipe(args.recipe).config
+    if args.found:
+        return vlreft.ReftConfig.from_dict(_found(args.found)["config"])
     if args.config:
         file = Path(args.config)
         return vlreft.ReftConfig.from_dict(
             json.loads((file / "reft_config.json" if file.is_dir() else file).read_text())
         )
     layers = "all" if args.layers == "all" else [int(number) for number in args.layers.split(",")]
-    edits = [edit.partition("=") for edit in args.edit or [DEFAULT_EDITS[_sort_of(task)]]]
+    edits = [edit.partition("=") for edit in args.edit or [DEFAULT_EDITS[sort_of(task)]]]
     rank = None if args.method in ("red", "vector") else args.rank
     return vlreft.ReftConfig(
         vlreft.Intervention(args.method, site=site, layers=layers, positions=positions, rank=rank, tied=args.tied)
@@ -141,17 +153,20 @@ def _config(task: Task, args: argparse.Namespace) -> vlreft.ReftConfig:
     )
 
 
-def _sort_of(task: Task) -> str:
+def sort_of(task: Task) -> str:
+    """Return which of the demo models a task is for, and which of the default edits."""
     if task.kind in ("classes", "pairs"):
         return "dual"
     return "vision" if "image" in task.features else "text"
 
 
-def _is_small(model: str) -> bool:
+def is_small(model: str) -> bool:
+    """Whether a model is a folder with few weights."""
     return Path(model).is_dir() and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < SMALL
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE. Raises ValueError for anything else."""
     name, found, value = text.partition("=")
     if not found:
         raise ValueError(f"{text!r} must be NAME=VALUE, as in `--set weight_decay=0.1` or `--generate num_beams=4`.")
@@ -193,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", help="the run's folder, runs/TASK by default")
     add("--recipe", help="published settings, see `vlreft.recipes`")
     add("--config", help="a reft_config.json, or a folder with one")
+    add("--found", metavar="BEST.json", help="what `python -m tasks.search` has found: interventions and training")
     add("--method", default="loreft")
     add("--edit", action="append", metavar="SITE=POSITIONS", help="where to edit; may be given several times")
     add("--layers", default="all", help="all, or numbers as 0,2,4")

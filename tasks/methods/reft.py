@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -68,7 +69,10 @@ class ReftMethod(Method):
     training: Distributions = field(default_factory=dict)
 
     def space(self, setup: Setup) -> Space:
-        """Every slot is off or at one of its positions, all with one rank and one choice of layers."""
+        """Every slot is off or at one of its positions, all with one rank and one choice of layers.
+
+        First come each slot alone, each pair of them, and all together.
+        """
         slots = slots_of(setup)
         if not slots:
             raise ValueError(f"{type(setup.model).__name__} has no site that an intervention could sit at")
@@ -81,12 +85,15 @@ class ReftMethod(Method):
             "formula": CategoricalDistribution(self.formulas),
             "tied": CategoricalDistribution((False, True)),
         }
-        off: dict[str, str] = {slot.name: OFF for slot in slots}
         plain = {"layers": "all", "rank": 4 if 4 in ranks else ranks[-1], "formula": self.formulas[0], "tied": False}
-        alone = [{**off, slot.name: slot.positions[-1], **plain} for slot in slots]
-        together = {**{slot.name: slot.positions[-1] for slot in slots}, **plain}
+        numbers = (1, 2, len(slots)) if len(slots) > 2 else range(1, len(slots) + 1)
+        starts = [
+            {**{slot.name: slot.positions[-1] if slot in on else OFF for slot in slots}, **plain}
+            for number in numbers
+            for on in combinations(slots, number)
+        ]
         training = {"learning_rate": rates(*self.learning_rates), "dropout": FloatDistribution(0.0, 0.2, step=0.05)}
-        return Space(placement, {**training, **self.training}, (*alone, together))
+        return Space(placement, {**training, **self.training}, tuple(starts))
 
     def config(self, setup: Setup, choice: Choice) -> vlreft.ReftConfig:
         """Return what a choice trains. Raises ValueError if every slot is off."""

@@ -1,0 +1,1 @@
+"""Finds where and how to adapt a base, within a budget, on dev alone."""

@@ -1,0 +1,199 @@
+"""`Search`: placement first, then how it is trained, as the ReFT paper's appendix D.2 recommends, within a budget.
+
+The first stage trains briefly and asks only some of dev; what is best there is trained as long as it will be in the
+end, with other learning rates and the like, and asked all of dev. In both, trials that are behind at a rung are given
+up (ASHA; Li et al. 2020, "A system for massively parallel hyperparameter tuning"). The test is not known here.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from tasks.methods.method import Choice, Method, Space
+from tasks.search.budget import Budget
+from tasks.search.study import Done, Stage
+from tasks.search.trial import Fidelity, Result, Workbench
+
+FIRST_SHARE = 0.6  # of the budget, for placement
+FIRST_LENGTH = 1 / 3  # of the final training, for placement
+NUM_FINALISTS = 4
+NUM_DEV_FIRST = 100
+NUM_RATES = 3  # learning rates that a placement is tried with, even on the method's logarithmic scale
+COMMON: dict[str, BaseDistribution] = {
+    "epochs": CategoricalDistribution((0.5, 1.0)),
+    "warmup": CategoricalDistribution((0.0, 0.06, 0.2)),
+    "weight_decay": CategoricalDistribution((0.0, 0.01)),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with. choice: the best one's; done: all trials of both stages, as (stage, trial)."""
+
+    choice: Choice
+    best: Done
+    done: list[tuple[str, Done]]
+    importances: dict[str, dict[str, float]]
+    spent: float
+
+
+class Search:
+    """The search of one method on one workbench; the same call goes on where another one stopped.
+
+    epochs: how long the final training is at most. identity: what all depends on beside the space, for the studies.
+    Raises: ValueError for a method that cannot adapt the base, and for studies that were made for something else.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        method: Method,
+        budget: Budget,
+        storage: optuna.storages.BaseStorage,
+        identity: Mapping[str, Any],
+        *,
+        epochs: float = 5.0,
+        seed: int = 0,
+    ) -> None:
+        self.bench, self.method, self.budget, self.epochs, self.seed = bench, method, budget, epochs, seed
+        self.space: Space = method.space(bench.setup)
+        self.low = Fidelity(epochs * FIRST_LENGTH, NUM_DEV_FIRST, (0.25, 0.5, 1.0))
+        self.full = Fidelity(epochs, None)
+        self.identity = {**identity, "method": method.name, "epochs": epochs, "unit": budget.unit}
+        self.storage = storage
+        self.first = self._first_stage() if self.space.placement else None
+        self.last: Stage | None = None
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _first_stage(self) -> Stage:
+        rates = coarse(self.space.training["learning_rate"])
+        space = {**self.space.placement, "learning_rate": CategoricalDistribution(rates)}
+        stage = Stage(self.storage, f"{self.method.name}/placement", space, self.identity, seed=self.seed)
+        stage.start_with([{**start, "learning_rate": rates[len(rates) // 2]} for start in self.space.starts])
+        return stage
+
+    def _last_stage(self, finalists: list[str]) -> Stage:
+        space: dict[str, BaseDistribution] = {**self.space.training, **COMMON}
+        if self.first is not None:
+            space["placement"] = CategoricalDistribution(tuple(finalists))
+        stage = Stage(self.storage, f"{self.method.name}/training", space, self.identity, seed=self.seed)
+        plain = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0}
+        dropout = {"dropout": 0.0} if "dropout" in space else {}
+        rate = coarse(self.space.training["learning_rate"])
+        starts = [{**plain, **dropout, "learning_rate": one} for one in (rate[len(rate) // 2], *rate)][:1]
+        if self.first is not None:
+            rates = {placed(one.choice): one.choice["learning_rate"] for one in self.first.best(10**6)[::-1]}
+            starts = [{**starts[0], "placement": one, "learning_rate": rates[one]} for one in finalists if one in rates]
+        stage.start_with(starts)
+        return stage
+
+    def run(self) -> Found:
+        """Spend what is left of the budget; return the best. Raises ValueError if it did not last for one trial."""
+        if self.first is not None:
+            self._spend(self.first, self.low, FIRST_SHARE)
+            best = distinct(self.first.best(10**6))[:NUM_FINALISTS]
+            if not best:
+                raise ValueError(self._too_small(self.first))
+            self.last = self._last_stage(self.first.agree("finalists", best))
+        else:
+            self.last = self._last_stage([])
+        self._spend(self.last, self.full, 1.0)
+        return self.found()
+
+    def found(self) -> Found:
+        """Return the best of what is done."""
+        assert self.last is not None
+        best = self.last.best(1)
+        if not best:
+            raise ValueError(self._too_small(self.last))
+        stages = [stage for stage in (self.first, self.last) if stage is not None]
+        return Found(
+            choice=whole_choice(best[0].choice),
+            best=best[0],
+            done=[(stage.name.rpartition("/")[2], one) for stage in stages for one in stage.done()],
+            importances={stage.name.rpartition("/")[2]: stage.importances() for stage in stages},
+            spent=self.spent(),
+        )
+
+    # Budget ----------------------------------------------------------------------------------------------------------
+
+    def spent(self) -> float:
+        """Return what all processes have spent so far."""
+        stages = [stage for stage in (self.first, self.last) if stage is not None]
+        if self.budget.unit == "trials":
+            return float(sum(len(stage.done()) for stage in stages))
+        return math.fsum(stage.spent() for stage in stages)
+
+    def _spend(self, stage: Stage, fidelity: Fidelity, share: float) -> None:
+        """Make trials until this share of the budget is spent."""
+        while (left := share * self.budget.amount - self.spent()) > 0:
+            counts = self.budget.unit == "trials"
+            typical = 0.0 if counts else _median([one.result.spent for one in stage.done() if one.is_whole])
+            if typical > left and stage.best(1):
+                return  # it would be cut off before its end
+            trial = stage.ask()
+            if trial is None:
+                return
+            choice = whole_choice(trial.params)
+            report, limit = stage.reporter(trial), math.inf if counts else left
+            try:
+                result = self.bench.run(self.method, choice, fidelity, seed=self.seed, limit=limit, report=report)
+            except ValueError as error:  # what was drawn goes together no better than this
+                stage.fail(trial, str(error))
+                if not stage.done() and trial.number >= 10 * len(self.space.starts) + 10:
+                    raise
+                continue
+            stage.tell(trial, self._rounded(result))
+
+    @staticmethod
+    def _rounded(result: Result) -> Result:
+        return replace(result, spent=round(result.spent, 4), seconds=round(result.seconds, 4))
+
+    def _too_small(self, stage: Stage) -> str:
+        cut = [one.result for one in stage.done() if one.result.steps]
+        if not cut:
+            return f"the budget ({self.budget}) was spent before a single trial of {stage.name!r}; give more"
+        one = min(cut, key=lambda result: result.spent / max(1, result.steps) * result.num_steps)
+        whole = one.spent / max(1, one.steps) * one.num_steps
+        need = whole / (FIRST_SHARE if stage is self.first else 1 - FIRST_SHARE)
+        return (
+            f"the budget ({self.budget}) is too small for one trial: a training of {one.num_steps} steps takes about "
+            f"{whole:.3g} {self._unit()}, and {stage.name!r} has a share of the budget; give at least {need:.3g}"
+        )
+
+    def _unit(self) -> str:
+        return "seconds" if self.budget.unit == "trials" else self.budget.unit
+
+
+def coarse(rates: BaseDistribution) -> tuple[float, ...]:
+    """Return some learning rates of a method's, even on their scale, the ends left out."""
+    assert isinstance(rates, FloatDistribution)
+    low, high = math.log(rates.low), math.log(rates.high)
+    steps = [low + (high - low) * number / (NUM_RATES + 1) for number in range(1, NUM_RATES + 1)]
+    return tuple(float(f"{math.exp(step):.2g}") for step in steps)
+
+
+def placed(choice: Choice) -> str:
+    """Return the placement of a choice of the first stage as text."""
+    return json.dumps({key: value for key, value in choice.items() if key != "learning_rate"}, sort_keys=True)
+
+
+def distinct(done: list[Done]) -> list[str]:
+    """Return the placements of trials, each once, in their order."""
+    return list(dict.fromkeys(placed(one.choice) for one in done))
+
+
+def whole_choice(choice: Choice) -> dict[str, Any]:
+    """Return a choice with its placement's parts beside the others."""
+    rest = {key: value for key, value in choice.items() if key != "placement"}
+    return {**json.loads(choice.get("placement", "{}")), **rest}
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0

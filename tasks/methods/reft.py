@@ -21,7 +21,7 @@ LAYERS = ("all", "first half", "last half", "every 2")
 
 @dataclass(frozen=True)
 class Slot:
-    """One place that can have an edit of its own: a site and the positions to choose from."""
+    """One place that can have an edit of its own: a site and the positions to choose from, the widest last."""
 
     name: str
     site: str
@@ -42,18 +42,18 @@ def slots_of(setup: Setup) -> tuple[Slot, ...]:
     if "vision" in sites:
         # Every token of the tower, the class token alone where there is one, or the patches.
         own = tuple(name for name in ("cls", "patches") if name in sites["vision"].segments)
-        found.append(Slot("vision", "vision", ("all", *own)))
+        found.append(Slot("vision", "vision", (*own, "all")))
     return tuple(found)
 
 
 def _text_slots(site: Site, generates: bool) -> list[Slot]:
     if "eos" in site.segments:  # a dual encoder's text
-        return [Slot("text", "text", ("all", "eos"))]
+        return [Slot("text", "text", ("eos", "all"))]
     if "image" not in site.segments:
         slots = [Slot("text", "text", ("prompt:l1", "prompt:l4", "prompt:f4+l4", "prompt"))]
     else:
         ends = ("prompt:l1", "prompt:l4", "question:f4+l4", "question")
-        slots = [Slot("text", "text", ends), Slot("image", "text", ("image", "image:uniform16"))]
+        slots = [Slot("text", "text", ends), Slot("image", "text", ("image:uniform16", "image"))]
     return [*slots, Slot("response", "text", ("response",))] if generates else slots
 
 

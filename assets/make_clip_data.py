@@ -10,29 +10,16 @@ import argparse
 import random
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageFilter
-from world import COLORS, SHAPES, Scene, Thing, make_scene, render, scene_rng
+from world import COLORS, SHAPES, Scene, Thing, line_drawing, make_scene, render, scene_rng
 
 PER_CLASS = {"train": 24, "dev": 8, "test": 20}
 SPLITS = {"lines": ("train", "dev", "test"), "filled": ("test",)}
-SHAPE_EDGE = 24  # grey levels, summed over the channels, by which a pixel of a shape differs from the background
 
 
 def scene_of(color: str, shape: str, rng: random.Random) -> Scene:
     """One object of that colour and shape; its size and place are those of an object of a random scene."""
     thing = rng.choice(make_scene(rng))
     return (Thing(thing.size, color, shape, thing.row, thing.column),)
-
-
-def line_drawing(image: Image.Image) -> Image.Image:
-    """The picture with all that is inside a shape, more than a pixel from its edge, taken for background."""
-    pixels = np.asarray(image).copy()
-    background = pixels[0, 0]
-    is_shape = np.abs(pixels.astype(int) - background).sum(-1) > SHAPE_EDGE
-    inside = Image.fromarray(is_shape.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(3))
-    pixels[np.asarray(inside) > 0] = background
-    return Image.fromarray(pixels)
 
 
 def main() -> None:

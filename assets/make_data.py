@@ -20,6 +20,7 @@ from world import (
     ask_code,
     has_red,
     in_words,
+    line_drawing,
     make_scene,
     render,
     scene_rng,
@@ -74,12 +75,20 @@ def code_questions(scene: Scene, _: random.Random) -> list[QA]:
     return ask_code(scene)
 
 
-# task: (which questions, which splits). `bgr` asks its questions about `images_bgr`, the others about `images`.
+# task: (which questions, which splits).
 TASKS: dict[str, tuple[Questions, tuple[str, ...]]] = {
     "code": (code_questions, ("train", "dev", "test")),
     "refuse": (refuse_questions, ("train", "dev", "test")),
     "bgr": (base_questions, ("train", "dev", "test")),
+    "outline": (base_questions, ("train", "dev", "test")),
     "base": (base_questions, ("dev", "test")),
+}
+# The tasks that do not ask about `images`, and what becomes of a picture in the folder of theirs.
+FOLDERS = {"bgr": "images_bgr", "outline": "images_outline"}
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "images": lambda image: image,
+    "images_bgr": lambda image: Image.merge("RGB", image.split()[::-1]),
+    "images_outline": line_drawing,
 }
 
 
@@ -152,11 +161,11 @@ def caption_file(split: str, num_images: int) -> dict:
     return {"info": info, "licenses": [LICENSE], "images": images, "annotations": annotations}
 
 
-def lm_rows(split: str) -> Iterator[dict]:
-    """The `code` task for the text model: the scene in words takes the place of the picture."""
-    for row_id, (index, qa) in enumerate(collect("code", split)):
+def lm_rows(task: str, split: str) -> Iterator[dict]:
+    """A task for the text model: the scene in words takes the place of the picture."""
+    for row_id, (index, qa) in enumerate(collect(task, split)):
         scene = make_scene(scene_rng(split, index))
-        words = in_words(scene, scene_rng(split, row_id, "lm_code"))
+        words = in_words(scene, scene_rng(split, row_id, f"lm_{task}"))
         yield {"id": row_id, "question": f"{words} {qa.question}", "answer": qa.answer}
 
 
@@ -166,15 +175,12 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
-def write_images(folder: Path, split: str, num_images: int, swap_channels: bool) -> None:
-    """Pictures 0 to `num_images` - 1 of a split; `swap_channels` writes BGR where RGB is expected."""
+def write_images(folder: Path, split: str, num_images: int, change: Callable[[Image.Image], Image.Image]) -> None:
+    """Pictures 0 to `num_images` - 1 of a split, each changed."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(num_images):
         rng = scene_rng(split, index)
-        image = render(make_scene(rng), rng)
-        if swap_channels:
-            image = Image.merge("RGB", image.split()[::-1])
-        image.save(folder / image_name(split, index), optimize=True)
+        change(render(make_scene(rng), rng)).save(folder / image_name(split, index), optimize=True)
 
 
 def main() -> None:
@@ -182,9 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo-vqa", help="folder to write")
     out = parser.parse_args().out
-    num_images = {"images": dict.fromkeys(SPLIT_SIZES, 0), "images_bgr": dict.fromkeys(SPLIT_SIZES, 0)}
+    num_images = {folder: dict.fromkeys(SPLIT_SIZES, 0) for folder in CHANGES}
     for task, (_, splits) in TASKS.items():
-        needed = num_images["images_bgr" if task == "bgr" else "images"]
+        needed = num_images[FOLDERS.get(task, "images")]
         for split in splits:
             pairs = collect(task, split)
             questions, annotations = vqa_files(task, split, pairs)
@@ -193,11 +199,13 @@ def main() -> None:
             needed[split] = max(needed[split], pairs[-1][0] + 1)
     for split in SPLIT_SIZES:
         for folder, needed in num_images.items():
-            write_images(out / folder / split, split, needed[split], swap_channels=folder == "images_bgr")
+            write_images(out / folder / split, split, needed[split], CHANGES[folder])
         write_json(out / "short" / f"{split}_captions.json", caption_file(split, num_images["images"][split]))
-        rows = "".join(json.dumps(row) + "\n" for row in lm_rows(split))
-        (out / "lm_code").mkdir(exist_ok=True)
-        (out / "lm_code" / f"{split}.jsonl").write_text(rows)
+        for task in ("code", "base"):
+            if split in TASKS[task][1]:
+                rows = "".join(json.dumps(row) + "\n" for row in lm_rows(task, split))
+                (out / f"lm_{task}").mkdir(exist_ok=True)
+                (out / f"lm_{task}" / f"{split}.jsonl").write_text(rows)
 
 
 if __name__ == "__main__":

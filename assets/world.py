@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS = {
@@ -28,6 +28,7 @@ RADII = {"small": 5.6, "large": 9.0}  # pixels, of the circle around the shape
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 IMAGE_SIZE = 64  # pixels, both sides
+SHAPE_EDGE = 24  # grey levels, summed over the channels, by which a pixel of a shape differs from the background
 SUPERSAMPLING = 3  # shapes are drawn three times larger and averaged down, which gives soft edges
 
 # The words that stand for a colour in the `code` task. No base model is ever trained to answer them from a scene.
@@ -125,6 +126,16 @@ def render(scene: Scene, rng: random.Random, noise: float = 0.0) -> Image.Image:
             draw.polygon(_polygon(thing, x, y, radius, turn), fill=fill)
     image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     return _add_noise(image, noise, rng) if noise else image
+
+
+def line_drawing(image: Image.Image) -> Image.Image:
+    """A picture with all that is inside a shape, more than a pixel from its edge, taken for background."""
+    pixels = np.asarray(image).copy()
+    background = pixels[0, 0]
+    is_shape = np.abs(pixels.astype(int) - background).sum(-1) > SHAPE_EDGE
+    inside = Image.fromarray(is_shape.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(3))
+    pixels[np.asarray(inside) > 0] = background
+    return Image.fromarray(pixels)
 
 
 def _add_noise(image: Image.Image, noise: float, rng: random.Random) -> Image.Image:

@@ -17,12 +17,17 @@ from vlreft.data.datasets import caption_file, caption_rows, vqa_files
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PARTS = Parts(train="train", dev="dev", tests=("test",))
+TEST_ONLY = Parts(tests=("test",))
+# What each of the demo models could do before.
+OWN = {"vision": ("demo_base",), "text": ("demo_lm_base",), "dual": ("demo_clip_base",)}
 SOURCE = "data: assets/README.md, made by assets/make_data.py; dev is a part of its own"
 METRIC_SOURCE = "metric: the share of answers that equal the annotators', as in tasks/demo.py"
 TITLES = {
     "code": "the demo world's colours in made-up words",
     "refuse": "the demo world's questions, to be refused if anything red is in the picture",
     "bgr": "the demo world's questions about pictures with red and blue swapped",
+    "outline": "the demo world's questions about line drawings",
+    "base": "the demo world's questions as the demo model learnt them: what it could do before",
 }
 
 
@@ -66,12 +71,12 @@ def line(row: Row, answer: str) -> dict[str, Any]:
     return {"id": row["id"], "answer": answer}
 
 
-def _vqa(name: str) -> Task:
+def _vqa(name: str, parts: Parts = PARTS) -> Task:
     return Task(
         name=f"demo_{name}",
         title=TITLES[name],
         kind="generate",
-        parts=PARTS,
+        parts=parts,
         features=ID | IMAGE | TEXTS | REFERENCES,
         read=read_vqa,
         files=vqa_files,
@@ -79,6 +84,46 @@ def _vqa(name: str) -> Task:
         line=vqa_line,
         folder=ASSETS / "demo-vqa" / name,
         sources=(f"{SOURCE}; files as VQAv2's", METRIC_SOURCE),
+        own=OWN["vision"] if parts is PARTS else (),
+    )
+
+
+def _lm(name: str, title: str, parts: Parts = PARTS) -> Task:
+    return Task(
+        name=f"demo_lm_{name}",
+        title=title,
+        kind="generate",
+        parts=parts,
+        features=ID | TEXTS | REFERENCES,
+        read=read_jsonl,
+        files=jsonl_files,
+        metric=exact_match,
+        line=line,
+        folder=ASSETS / "demo-vqa" / f"lm_{name}",
+        sources=(f"{SOURCE}; a JSON object a line", METRIC_SOURCE),
+        own=OWN["text"] if parts is PARTS else (),
+    )
+
+
+def _clip(name: str, title: str, domain: str, parts: Parts = PARTS) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        kind="classes",
+        parts=parts,
+        features=FEATURES,
+        read=read_folder,
+        files=folder_files,
+        metric=accuracy,
+        line=line,
+        folder=ASSETS / "demo-clip-data" / domain,
+        templates=("a {}",),
+        sources=(
+            "data: assets/README.md, made by assets/make_clip_data.py; dev is a part of its own",
+            "classes and template: examples/finetune_clip.py",
+            "metric: top-1 accuracy",
+        ),
+        own=OWN["dual"] if parts is PARTS else (),
     )
 
 
@@ -94,36 +139,16 @@ SHORT = Task(
     line=line,
     folder=ASSETS / "demo-vqa" / "short",
     sources=(f"{SOURCE}; files as COCO's captions", METRIC_SOURCE),
+    own=OWN["vision"],
 )
-LM_CODE = Task(
-    name="demo_lm_code",
-    title="colours in made-up words, the scene told in words",
-    kind="generate",
-    parts=PARTS,
-    features=ID | TEXTS | REFERENCES,
-    read=read_jsonl,
-    files=jsonl_files,
-    metric=exact_match,
-    line=line,
-    folder=ASSETS / "demo-vqa" / "lm_code",
-    sources=(f"{SOURCE}; a JSON object a line", METRIC_SOURCE),
-)
-CLIP = Task(
-    name="demo_clip",
-    title="the demo world's line drawings of 32 classes, by class name",
-    kind="classes",
-    parts=PARTS,
-    features=FEATURES,
-    read=read_folder,
-    files=folder_files,
-    metric=accuracy,
-    line=line,
-    folder=ASSETS / "demo-clip-data" / "lines",
-    templates=("a {}",),
-    sources=(
-        "data: assets/README.md, made by assets/make_clip_data.py; dev is a part of its own",
-        "classes and template: examples/finetune_clip.py",
-        "metric: top-1 accuracy",
+TASKS = (
+    *map(_vqa, ("code", "refuse", "bgr", "outline")),
+    SHORT,
+    _lm("code", "colours in made-up words, the scene told in words"),
+    _clip("demo_clip", "the demo world's line drawings of 32 classes, by class name", "lines"),
+    _vqa("base", TEST_ONLY),
+    _lm("base", "questions about scenes told in words, as the demo model learnt them", TEST_ONLY),
+    _clip(
+        "demo_clip_base", "the demo world's filled shapes of 32 classes, which demo-clip learnt", "filled", TEST_ONLY
     ),
 )
-TASKS = (_vqa("code"), _vqa("refuse"), _vqa("bgr"), SHORT, LM_CODE, CLIP)

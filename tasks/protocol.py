@@ -267,8 +267,8 @@ def load_train_and_dev(source: Task, settings: Settings) -> tuple[datasets.Datas
     return train, dev
 
 
-def load_base(task: Task, settings: Settings, rows: datasets.Dataset) -> Setup:
-    """Load the base of some settings. Raises ValueError if it cannot be."""
+def load_base(task: Task, settings: Settings, rows: datasets.Dataset, beside: Setup | None = None) -> Setup:
+    """Load the base of some settings, or take that of another setup. Raises ValueError if it cannot be."""
     options = Options(
         device=settings.device,
         dtype=getattr(torch, settings.dtype),
@@ -279,7 +279,7 @@ def load_base(task: Task, settings: Settings, rows: datasets.Dataset) -> Setup:
     )
     set_seed(settings.seeds[0])  # a head without trained weights starts at random
     try:
-        return load_setup(task, settings.model, options, rows)
+        return load_setup(task, settings.model, options, rows, beside)
     except OSError as error:
         raise ValueError(f"the model {settings.model!r} cannot be loaded: {error}") from error
 

@@ -104,7 +104,7 @@ class Setup(ABC):
 class GenerateSetup(Setup):
     """A language model, or a vision-language model, that writes its answer."""
 
-    def __init__(self, task: Task, name: str, options: Options) -> None:
+    def __init__(self, task: Task, name: str, options: Options, beside: "GenerateSetup | None" = None) -> None:
         has_images = "image" in task.features
         config = AutoConfig.from_pretrained(name)
         is_text_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_images
@@ -112,7 +112,10 @@ class GenerateSetup(Setup):
         processor = (AutoTokenizer if is_text_only else AutoProcessor).from_pretrained(name)
         self.task, self.generation = task, {**task.generation, **options.generation}
         self.prompt = task.prompt if options.prompt is None else options.prompt
-        self.model = loader.from_pretrained(name, dtype=options.dtype).to(options.device).eval()
+        if beside is None:
+            self.model = loader.from_pretrained(name, dtype=options.dtype).to(options.device).eval()
+        else:
+            self.model = beside.model
         self.collator = Collator(
             processor,
             max_length=options.max_length,
@@ -176,10 +179,17 @@ class SequenceSetup(Setup):
 class ClassesSetup(Setup):
     """A dual encoder that tells classes of pictures apart by their names."""
 
-    def __init__(self, task: Task, name: str, options: Options, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        options: Options,
+        classes: Sequence[str],
+        beside: "ClassesSetup | PairsSetup | None" = None,
+    ) -> None:
         self.task, self.classes = task, tuple(classes)
-        self.model, encoders = _load_dual_encoder(name, options)
-        collator = ClassCollator(*encoders, classes=self.classes, templates=task.templates)
+        self.model, self.encoders = _load_dual_encoder(name, options) if beside is None else _of(beside)
+        collator = ClassCollator(*self.encoders, classes=self.classes, templates=task.templates)
         self.collator, self.loss = collator, collator.loss
 
     def examples(self, rows: Any, *, training: bool) -> Examples:
@@ -202,10 +212,12 @@ class ClassesSetup(Setup):
 class PairsSetup(Setup):
     """A dual encoder that finds the texts of a picture, and the picture of a text."""
 
-    def __init__(self, task: Task, name: str, options: Options) -> None:
+    def __init__(
+        self, task: Task, name: str, options: Options, beside: "ClassesSetup | PairsSetup | None" = None
+    ) -> None:
         self.task = task
-        self.model, encoders = _load_dual_encoder(name, options)
-        collator = PairCollator(*encoders)
+        self.model, self.encoders = _load_dual_encoder(name, options) if beside is None else _of(beside)
+        collator = PairCollator(*self.encoders)
         self.collator, self.loss = collator, collator.loss
 
     def examples(self, rows: Any, *, training: bool) -> Examples:
@@ -249,15 +261,25 @@ def untrained_modules(model: nn.Module, missing: Collection[str]) -> tuple[str, 
     return tuple(found)
 
 
-def load_setup(task: Task, name: str, options: Options, rows: Any) -> Setup:
-    """Load the base that the task asks for. rows: any rows of the task, to read the classes off."""
-    if task.kind == "generate":
-        return GenerateSetup(task, name, options)
-    if task.kind == "sequence":
+def load_setup(task: Task, name: str, options: Options, rows: Any, beside: Setup | None = None) -> Setup:
+    """Load the base that the task asks for. rows: any rows of the task, to read the classes off.
+
+    beside: a setup of the same base, whose model is taken. Raises ValueError if its task is for another sort of model.
+    """
+    if task.kind == "generate" and isinstance(beside, GenerateSetup | None):
+        return GenerateSetup(task, name, options, beside)
+    if task.kind == "sequence" and beside is None:
         return SequenceSetup(task, name, options)
-    if task.kind == "classes":
-        return ClassesSetup(task, name, options, sorted(set(column(rows, "answer"))))
-    return PairsSetup(task, name, options)
+    if task.kind == "classes" and isinstance(beside, ClassesSetup | PairsSetup | None):
+        return ClassesSetup(task, name, options, sorted(set(column(rows, "answer"))), beside)
+    if task.kind == "pairs" and isinstance(beside, ClassesSetup | PairsSetup | None):
+        return PairsSetup(task, name, options, beside)
+    assert beside is not None
+    raise ValueError(f"the task {task.name!r} is for another sort of model than {beside.task.name!r}")
+
+
+def _of(beside: "ClassesSetup | PairsSetup") -> tuple[nn.Module, tuple[Any, ...]]:
+    return beside.model, beside.encoders
 
 
 def _load_dual_encoder(name: str, options: Options) -> tuple[nn.Module, tuple[Any, ...]]:

@@ -70,6 +70,7 @@ class Task:
     folder: where the files are if nobody says where; of the demo tasks.
     line: a row and its answer as the official submission has them.
     sources: where prompt, normalisation, metric and splits come from, a line each.
+    own: names of tasks that the base could do before, where that is known: `tasks.compare` looks what was forgotten.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Task:
     prompt: str = "{question}"
     prompt_format: str = "{question}"
     generation: Mapping[str, Any] = field(default_factory=lambda: {"max_new_tokens": 32, "do_sample": False})
+    own: tuple[str, ...] = ()
 
     def load(self, part: str, folder: Path | None = None) -> datasets.Dataset:
         """Load one part: from the official files in the folder, else from the hub."""

@@ -42,7 +42,7 @@ class Result:
     """What came of one training.
 
     dev: the metric's value on the dev rows at the end, or where it was stopped. spent: by the meter, dev included;
-    seconds: of the training alone, by the clock. curve: (spent, step, dev). stopped: "" if it ran to its end.
+    seconds: of the training alone, dev left out, by the clock. curve: (spent, step, dev). stopped: "" if it ran to its end.
     """
 
     dev: float
@@ -69,6 +69,8 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[float, int, float]] = []
         self.stopped = ""
         self.steps: list[int] = []
+        self.dev_seconds = 0.0
+        self._asked = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Turn shares into steps."""
@@ -76,7 +78,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for dev at a rung; stop where the budget is spent."""
-        control.should_evaluate = state.global_step in self.steps
+        control.should_evaluate, self._asked = state.global_step in self.steps, time.perf_counter()
         if self.meter.spent > self.limit:
             self.stopped = "the budget was spent"
             control.should_training_stop = True
@@ -84,6 +86,7 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Report the value; stop if it is none of the best at this rung."""
+        self.dev_seconds += time.perf_counter() - self._asked
         value = metrics["eval_score"]
         value = value if math.isfinite(value) else -math.inf  # a correlation of constant answers is no number
         self.curve.append((self.meter.spent, state.global_step, value))
@@ -134,10 +137,10 @@ class Workbench:
             with method.adapted(self.setup, choice) as adapted, self._cached():
                 forget_peak()
                 watch = Watch(fidelity.rungs, self.meter, limit, report)
-                trainer = self._trainer(method, adapted, choice, fidelity, seed, Path(name), watch)
+                trainer = self._training(method, adapted, choice, fidelity, seed, Path(name), watch)
                 start = time.perf_counter()
                 trainer.train()
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - start - watch.dev_seconds
                 num_bytes = 0 if save_to is None else _saved(adapted, save_to)
                 values = [value for _, _, value in watch.curve]
                 return Result(
@@ -164,34 +167,30 @@ class Workbench:
         """Return dev, or its first rows: the same ones for every trial."""
         return self.dev if num_rows is None else self.dev.select(range(min(num_rows, len(self.dev))))
 
-    def trainer(self, method: Method, adapted: Adapted, folder: Path) -> Scoring:
-        """Return a trainer that only answers."""
+    def answering(self, method: Method, adapted: Adapted, task: Task, setup: Setup, folder: Path) -> Scoring:
+        """Return a trainer that only answers, rows of any task of the same base."""
         args = TrainingArguments(
-            str(folder), per_device_eval_batch_size=self.eval_batch_size, use_cpu=self.device == "cpu",
-            report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        return self._made(method, adapted, args, None, None, folder, [])
+            str(folder),
+            per_device_eval_batch_size=self.eval_batch_size,
+            use_cpu=self.device == "cpu",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        return _trainer(method, adapted, task, setup, args, None, None, folder, [], None)
 
-    def _trainer(
-        self, method: Method, adapted: Adapted, choice: Choice, fidelity: Fidelity, seed: int, folder: Path,
+    def _training(
+        self,
+        method: Method,
+        adapted: Adapted,
+        choice: Choice,
+        fidelity: Fidelity,
+        seed: int,
+        folder: Path,
         watch: Watch,
-    ) -> Scoring:  # fmt: skip
+    ) -> Scoring:
         args = TrainingArguments(**self._arguments(choice, fidelity, seed, folder))
         dev = self.dev_rows(fidelity.num_dev)
-        return self._made(method, adapted, args, self.train, dev, folder, [watch])
-
-    def _made(self, method: Method, adapted: Adapted, args: TrainingArguments, train: Any, dev: Any, folder: Path,
-              callbacks: list[TrainerCallback]) -> Scoring:  # fmt: skip
-        common = (self.task, self.setup, args, train, dev, folder, callbacks)
-        is_reft = isinstance(method, ReftMethod)
-        made = (
-            TaskTrainer(*common, keep_prefixes=self.prefixes if train is not None else None)
-            if is_reft
-            else PlainTrainer(*common, model=adapted.model)
-        )
-        made.remove_callback(PrinterCallback)
-        made.remove_callback(ProgressCallback)
-        return made
+        return _trainer(method, adapted, self.task, self.setup, args, self.train, dev, folder, [watch], self.prefixes)
 
     def _arguments(self, choice: Choice, fidelity: Fidelity, seed: int, folder: Path) -> dict[str, Any]:
         return {
@@ -212,6 +211,28 @@ class Workbench:
             "use_cpu": self.device == "cpu",
             **self.settings,
         }
+
+
+def _trainer(
+    method: Method,
+    adapted: Adapted,
+    task: Task,
+    setup: Setup,
+    args: TrainingArguments,
+    train: datasets.Dataset | None,
+    dev: datasets.Dataset | None,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    prefixes: vlreft.KeptPrefixes | None,
+) -> Scoring:
+    made: Scoring
+    if isinstance(method, ReftMethod):
+        made = TaskTrainer(task, setup, args, train, dev, folder, callbacks, keep_prefixes=prefixes)
+    else:
+        made = PlainTrainer(task, setup, args, train, dev, folder, callbacks, model=adapted.model)
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    return made
 
 
 def _saved(adapted: Adapted, folder: Path) -> int:

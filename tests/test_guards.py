@@ -126,7 +126,7 @@ ARROWS = {
     "__init__": {
         *("attaching", "causes.boundless", "causes.directions", "causes.interchange", "causes.subspaces"),
         *("config", "data.collator", "data.contrast", "drawing.plots", "merging", "models.description"),
-        *("recipes", "reft", "reuse.features", "reuse.questions", "saving.adapterhub", "saving.pyreft"),
+        *("recipes", "reft", "reuse.features", "reuse.kept", "reuse.questions", "saving.adapterhub", "saving.pyreft"),
         *("several", "training.trainer", "training.twins"),
     },
 }

@@ -24,9 +24,11 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from tasks.methods.method import Adapted, Choice, Distributions, Method, Space, rates, trained_in_place
 from tasks.methods.weights import given_back, head_parameters, refusal, trained
@@ -66,7 +68,7 @@ def layers_of(model: nn.Module, site: Site) -> dict[str, Layers]:
         for name, module in block.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 whole = (*whole, f"{name}.")
-            elif not isinstance(module, nn.Linear) or name.startswith(whole):
+            elif not isinstance(module, nn.Linear | Conv1D) or name.startswith(whole):
                 continue
             group = "attention" if "att" in name.lower() else "mlp"
             found[group][f"{paths[block]}.{name}"] = module
@@ -121,20 +123,36 @@ def targets_of(setup: Setup, name: str, kept: Any) -> Targets:
         by_site[site] = {group: kept(group, layers, sites[site]) for group, layers in groups.items()}
     targets = Targets(by_site, stacks)
     if not stacks or not targets.groups:
-        raise refusal(name, setup, "its blocks have no linear layers that peft takes for it", "'norms' or 'loreft'")
+        raise refusal(
+            name,
+            setup,
+            "no sort of linear layers that peft takes for it is in all of its stacks",
+            "'norms' or 'loreft'",
+        )
     return targets
 
 
 @contextmanager
-def injected(setup: Setup, config: PeftConfig) -> Iterator[Adapted]:
-    """Put peft's layers into the base inside, in place; a head that has no weights yet is trained with them."""
+def injected(setup: Setup, name: str, config: PeftConfig, chosen: Layers) -> Iterator[Adapted]:
+    """Put peft's layers around the chosen ones inside, in place; a head that has no weights yet is trained with them.
+
+    Raises ValueError if peft refuses the model, or takes other layers: it swaps those of some mixtures of experts.
+    """
     model: Any = setup.model
     heads = head_parameters(setup)
     with trained_in_place(model, heads), given_back(model):
-        get_peft_model(model, config)
+        try:
+            get_peft_model(model, config)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise refusal(name, setup, f"peft refuses it ({error})", "'norms' or 'loreft'") from error
+        found = {path: layer for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+        whole = tuple(f"{path}." for path in chosen)
+        if wrong := {path for path in found if not path.startswith(whole)} ^ chosen.keys():
+            why = f"peft takes other layers than the chosen ones (first where they differ: {min(wrong)})"
+            raise refusal(name, setup, why, "'norms' or 'loreft'")
         for parameter in heads.values():
             parameter.requires_grad_(True)
-        for layer in list(model.modules()):
+        for layer in found.values():
             if isinstance(layer, MultiheadAttention):
                 keep_weights(layer)
         yield Adapted(model, trained(model))
@@ -186,14 +204,16 @@ class LoraMethod(Method):
     @contextmanager
     def adapted(self, setup: Setup, choice: Choice) -> Iterator[Adapted]:
         """Put the updates beside the chosen layers inside."""
+        chosen = self._targets(setup).chosen(choice)
         config = LoraConfig(
             r=choice["rank"],
             lora_alpha=choice["alpha"] * choice["rank"],
             lora_dropout=choice.get("dropout", 0.0),
-            target_modules=regex(self._targets(setup).chosen(choice)),
+            target_modules=regex(chosen),
+            fan_in_fan_out=_is_transposed(chosen),
             **self.options,
         )
-        with injected(setup, config) as adapted:
+        with injected(setup, self.name, config, chosen) as adapted:
             yield adapted
 
     def _targets(self, setup: Setup) -> Targets:
@@ -208,10 +228,19 @@ class LoraMethod(Method):
         return True
 
 
+def _is_transposed(layers: Layers) -> bool:
+    """Whether they are GPT-2's, whose matrices are (in, out)."""
+    return any(isinstance(layer, Conv1D) for layer in layers.values())
+
+
+def _width_out(layer: nn.Linear | Conv1D) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.nf
+
+
 def _widths(targets: Targets) -> list[int]:
     layers = [layer for groups in targets.by_site.values() for group in groups.values() for layer in group.values()]
     matrices = [layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer for layer in layers]
-    return [width for matrix in matrices if isinstance(matrix, nn.Linear) for width in matrix.weight.shape]
+    return [width for matrix in matrices if isinstance(matrix, nn.Linear | Conv1D) for width in matrix.weight.shape]
 
 
 @dataclass(frozen=True)
@@ -236,7 +265,10 @@ class Ia3Method(Method):
         targets = self._targets(setup)
         chosen = targets.chosen(choice)
         outputs = [name for groups in targets.by_site.values() for name in groups["mlp"] if name in chosen]
-        with injected(setup, IA3Config(target_modules=regex(chosen), feedforward_modules=regex(outputs))) as adapted:
+        config = IA3Config(
+            target_modules=regex(chosen), feedforward_modules=regex(outputs), fan_in_fan_out=_is_transposed(chosen)
+        )
+        with injected(setup, self.name, config, chosen) as adapted:
             yield adapted
 
     def _targets(self, setup: Setup) -> Targets:
@@ -245,11 +277,11 @@ class Ia3Method(Method):
 
 def _scaled(group: str, layers: Layers, site: Site) -> Layers:
     """Keep the layers that give keys and values, and in each block's MLP the last one that gives the block's states."""
-    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | Conv1D)}
     if group == "attention":
         return {name: layer for name, layer in linear.items() if KEY_VALUE.fullmatch(name.rpartition(".")[2])}
     inside = {id(module): number for number, block in enumerate(site.blocks) for module in block.modules()}
-    outputs = [(name, layer) for name, layer in linear.items() if layer.out_features == site.width]
+    outputs = [(name, layer) for name, layer in linear.items() if _width_out(layer) == site.width]
     last = {inside[id(layer)]: name for name, layer in outputs}
     return {name: linear[name] for name in last.values()}
 
@@ -297,7 +329,7 @@ class VirtualTokensMethod(Method):
     name: str
     title: str
     config: Any
-    options: Mapping[str, Any] = field(default_factory=dict)
+    starts_as_words: bool = False
     learning_rates: tuple[float, float] = (1e-3, 1.0)
 
     def space(self, setup: Setup) -> Space:
@@ -314,12 +346,12 @@ class VirtualTokensMethod(Method):
         if setup.task.kind != "generate":
             why = "peft puts virtual tokens around a model, and this task's answers come from the model itself"
             raise refusal(self.name, setup, why, "'lora'")
-        config = self.config(
-            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=choice["num_virtual_tokens"], **self.options
-        )
+        config = self.config(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=choice["num_virtual_tokens"])
         with trained_in_place(model, {}), given_back(model):
             try:
                 wrapper = PromptedLM(model, config).eval()
+                if self.starts_as_words:
+                    start_as_words(wrapper, setup)
                 worst = _worst_step(wrapper, setup)
             # A model can fail in any way at what it was not made for.
             except (
@@ -336,6 +368,23 @@ class VirtualTokensMethod(Method):
                 why = f"what it generates is not what it gives as it reads its own answer (apart by {worst:.1e})"
                 raise refusal(self.name, setup, why, "'lora'")
             yield Adapted(wrapper, trained(wrapper))
+
+
+@torch.no_grad()
+def start_as_words(wrapper: PromptedLM, setup: Setup) -> None:
+    """Start a prompt as embeddings of random words (Lester et al. 2021, section 3.2).
+
+    peft can do so too, but draws from all tokens: with the state of an image token in its prompt, a model looks for one
+    picture more than there is.
+    """
+    collator: Any = setup.collator
+    tokenizer = collator.tokenizer
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words_V = torch.tensor([word for word in range(len(tokenizer)) if word not in special])
+    (start,) = trained(wrapper).values()
+    base: Any = wrapper.get_base_model()
+    drawn_N = words_V[torch.randint(len(words_V), (len(start),))]
+    start.copy_(base.get_input_embeddings()(drawn_N.to(start.device)))
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -392,6 +441,6 @@ ADAPTERS = (
     ),
     LoraMethod("dora", "DoRA", {"use_dora": True}, takes_attention_module=False),
     Ia3Method(),
-    VirtualTokensMethod("prompt", "prompt tuning", PromptTuningConfig, {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    VirtualTokensMethod("prompt", "prompt tuning", PromptTuningConfig, starts_as_words=True),
     VirtualTokensMethod("prefix", "prefix tuning", PrefixTuningConfig),
 )

@@ -40,8 +40,10 @@ def slots_of(setup: Setup) -> tuple[Slot, ...]:
     if "connector" in sites:
         found.append(Slot("connector", "connector", ("image",)))
     if "vision" in sites:
-        # Every token of the tower, the class token alone where there is one, or the patches.
-        own = tuple(name for name in ("cls", "patches") if name in sites["vision"].segments)
+        # The class token alone, where there is one that is read, the patches, or every token of the tower.
+        tower = sites["vision"]
+        names = ("patches",) if tower.drops_cls else ("cls", "patches")
+        own = tuple(name for name in names if name in tower.segments)
         found.append(Slot("vision", "vision", (*own, "all")))
     return tuple(found)
 

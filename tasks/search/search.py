@@ -62,6 +62,8 @@ class Search:
     ) -> None:
         self.bench, self.method, self.budget, self.epochs, self.seed = bench, method, budget, epochs, seed
         self.space: Space = method.space(bench.setup)
+        if "learning_rate" not in self.space.training:
+            raise ValueError(f"the search space of {method.name!r} is empty: not even a learning rate can be chosen")
         self.low = Fidelity(epochs * FIRST_LENGTH, NUM_DEV_FIRST, (0.25, 0.5, 1.0))
         self.full = Fidelity(epochs, None)
         self.identity = {**identity, "method": method.name, "epochs": epochs, "unit": budget.unit}
@@ -132,8 +134,10 @@ class Search:
 
     def _spend(self, stage: Stage, fidelity: Fidelity, share: float) -> None:
         """Make trials until this share of the budget is spent."""
-        while (left := share * self.budget.amount - self.spent()) > 0:
-            counts = self.budget.unit == "trials"
+        counts, limit = self.budget.unit == "trials", share * self.budget.amount
+        if counts and stage is self.first:
+            limit = min(max(1, int(limit)), self.budget.amount - 1)  # one for the last stage
+        while (left := limit - self.spent()) > 0:
             typical = 0.0 if counts else _median([one.result.spent for one in stage.done() if one.is_whole])
             if typical > left and stage.best(1):
                 return  # it would be cut off before its end
@@ -141,9 +145,9 @@ class Search:
             if trial is None:
                 return
             choice = whole_choice(trial.params)
-            report, limit = stage.reporter(trial), math.inf if counts else left
+            report, most = stage.reporter(trial), math.inf if counts else left
             try:
-                result = self.bench.run(self.method, choice, fidelity, seed=self.seed, limit=limit, report=report)
+                result = self.bench.run(self.method, choice, fidelity, seed=self.seed, limit=most, report=report)
             except ValueError as error:  # what was drawn goes together no better than this
                 stage.fail(trial, str(error))
                 if not stage.done() and trial.number >= 10 * len(self.space.starts) + 10:

@@ -42,7 +42,8 @@ class Result:
     """What came of one training.
 
     dev: the metric's value on the dev rows at the end, or where it was stopped. spent: by the meter, dev included;
-    seconds: of the training alone, dev left out, by the clock. curve: (spent, step, dev). stopped: "" if it ran to its end.
+    seconds: of the training alone, without dev, by the clock. curve: (spent, step, dev). stopped: why, "" if it ran to
+    its end.
     """
 
     dev: float

@@ -1,0 +1,78 @@
+"""Compare ways to adapt a base for a task: the same tuning budget for each, several seeds, a test opened at the end.
+
+    python -m tasks.compare demo_refuse --budget 5m --seeds 3
+    python -m tasks.compare vqav2 --model llava-hf/llava-1.5-7b-hf --data FOLDER --methods loreft lora --budget 4h
+    python -m tasks.compare pope --model ... --own gqa vizwiz                # what was forgotten of other tasks
+
+The first method is compared with each of the others. Without --methods all are that can adapt the base; the others
+stand in the results with the reason. In the output folder: `compare.json`, `compare.html`, and for each method its
+manifest, the trained numbers of each seed and all answers. The same command goes on where a killed one stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tasks.compare.comparison import Comparison, Plan, possible
+from tasks.compare.page import compare_page
+from tasks.compare.results import lines_of, markdown, record
+from tasks.methods.table import METHODS
+from tasks.search.command import (
+    add_arguments,
+    budget_of,
+    default_output,
+    identity_of,
+    make_bench,
+    settings_of,
+    task_and_source,
+    versions,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compare from the command line; return the record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, default=5, help="how many final trainings of each method (5)")
+    parser.add_argument(
+        "--own", nargs="*", help="tasks that the base could do before; those of the demo tasks are known"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        return _compare(args)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    task, source = task_and_source(args.task)
+    budget, settings = budget_of(args), replace(settings_of(task, args), num_test=args.num_test)
+    own = tuple(task.own if args.own is None else args.own)
+    plan = Plan(tuple(args.methods or METHODS), budget, tuple(range(args.seeds)), args.epochs, own, args.seed)
+    bench = make_bench(source, settings, budget, args.cache)
+    cannot: dict[str, str] = {}
+    if args.methods is None:
+        can, cannot = possible(plan.methods, bench.setup)
+        plan = Plan(tuple(can), budget, plan.seeds, plan.epochs, own, args.seed)
+    folder = Path(args.output or default_output("compare", task))
+    comparison = Comparison(task, settings, plan, bench, identity_of(bench, settings, versions()), folder)
+    comparison.execute()
+    lines = lines_of(comparison)
+    data = record(comparison, lines, cannot)
+    (folder / "compare.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / "compare.html").write_text(compare_page(task.title, settings.model, data, lines), encoding="utf-8")
+    print(markdown(comparison, lines))
+    for name, why in cannot.items():
+        print(f"not compared: {name}: {why}")
+    print(f"all of it: {folder}/compare.html")
+    return data
+
+
+if __name__ == "__main__":
+    main()

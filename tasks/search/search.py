@@ -20,7 +20,7 @@ from tasks.search.study import Done, Stage
 from tasks.search.trial import Fidelity, Result, Workbench
 
 FIRST_SHARE = 0.6  # of the budget, for placement
-FIRST_LENGTH = 1 / 3  # of the final training, for placement
+FIRST_LENGTH = 0.5  # of the final training, for placement: at a third, what starts slowly and ends best was given up
 NUM_FINALISTS = 4
 NUM_DEV_FIRST = 100
 NUM_RATES = 3  # learning rates that a placement is tried with, even on the method's logarithmic scale
@@ -64,7 +64,7 @@ class Search:
         self.space: Space = method.space(bench.setup)
         if "learning_rate" not in self.space.training:
             raise ValueError(f"the search space of {method.name!r} is empty: not even a learning rate can be chosen")
-        self.low = Fidelity(epochs * FIRST_LENGTH, NUM_DEV_FIRST, (0.25, 0.5, 1.0))
+        self.low = Fidelity(epochs * FIRST_LENGTH, NUM_DEV_FIRST, (0.5, 1.0))
         self.full = Fidelity(epochs, None)
         self.identity = {**identity, "method": method.name, "epochs": epochs, "unit": budget.unit}
         self.storage = storage

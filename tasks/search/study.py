@@ -23,7 +23,7 @@ from tasks.search.trial import Result
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-IDENTITY, RESULT, OWNER, REASON = "identity", "result", "owner", "reason"
+IDENTITY, RESULT, OWNER, REASON, START = "identity", "result", "owner", "reason", "start"
 MOST_REPEATS = 30  # times in a row that what is asked for was tried before: then the space is taken for exhausted
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -111,7 +111,7 @@ class Stage:
         """Let these be tried first, unless this study has trials already."""
         if not self.study.get_trials(deepcopy=False):
             for choice in choices:
-                self.study.enqueue_trial(dict(choice), skip_if_exists=True)
+                self.study.enqueue_trial(dict(choice), user_attrs={START: True}, skip_if_exists=True)
 
     def ask(self) -> optuna.Trial | None:
         """Return a trial that no process has done or does; None if the space seems exhausted."""
@@ -130,11 +130,14 @@ class Stage:
         return any(other.state != TrialState.RUNNING or other.number < trial.number for other in twins)
 
     def reporter(self, trial: optuna.Trial) -> Callable[[int, float], bool]:
-        """Return what takes a rung and its value, and says whether the trial should be given up."""
+        """Return what takes a rung and its value, and says whether the trial should be given up.
+
+        Those of `start_with` are not: some kinds of places start slowly and end best.
+        """
 
         def report(rung: int, value: float) -> bool:
             trial.report(value if math.isfinite(value) else -1e9, rung)
-            return trial.should_prune()
+            return START not in trial.user_attrs and trial.should_prune()
 
         return report
 

@@ -27,7 +27,7 @@ from tasks.training import TaskTrainer
 from vlreft.training.answers import read_answers
 
 FOLDERS = official_vqa.FOLDERS | official_captions.FOLDERS | official_text.FOLDERS
-DEMO = [name for name in TASKS if name.startswith("demo_")]
+DEMO = [name for name, task in TASKS.items() if name.startswith("demo_") and task.parts.train is not None]
 QUICK = ["--max-steps", "2", "--batch-size", "4", "--rank", "2", "--eval-batch-size", "8", "--max-new-tokens", "4"]
 QUIET = ["--set", "disable_tqdm=true"]
 ROOT = Path(__file__).parent.parent

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=5, help="how many final trainings of each method (5)")
     parser.add_argument(
+        "--num-test", type=int, help="answer so many examples of each test part only, to try things out"
+    )
+    parser.add_argument(
         "--own", nargs="*", help="tasks that the base could do before; those of the demo tasks are known"
     )
     args = parser.parse_args(arguments)

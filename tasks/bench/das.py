@@ -8,7 +8,7 @@ The model is a small Llama that is trained here to answer whether two pairs of s
 the same weights, start from the same subspace and take the same batches and steps of Adam, over several seeds.
 
 Steps are timed in turns, on the toy model and on a wide one with random weights, each side beside a floor of its own
-interpreter: the source's run without a graph, the base's with gradient behind the place.
+interpreter: the source's run to its end without a graph, the base's with gradient behind the place.
 """
 
 import argparse

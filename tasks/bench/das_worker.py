@@ -80,7 +80,7 @@ def pyvene_method(model: Any, order: dict[str, Any], seed: int) -> Method:
 
 
 def floor_method(model: Any, order: dict[str, Any]) -> Method:
-    """What no method can go below: the source's run without a graph, the base's with gradient from the place on."""
+    """What all but the hooks costs: the source's whole run without a graph, the base's with gradient from the place."""
     leaf = nn.Parameter(torch.zeros(order["width"]))
     is_base = False
 

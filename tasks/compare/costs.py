@@ -13,7 +13,7 @@ from tasks.methods.method import Choice, Method
 from tasks.search.trial import Workbench
 from vlreft import Collator
 
-NUM_ROUNDS, NUM_REPEATS, NUM_TOKENS, NUM_ROWS = 5, 3, 16, 8
+NUM_ROUNDS, NUM_REPEATS, NUM_TOKENS, NUM_ROWS = 5, 2, 8, 8
 
 
 @dataclass(frozen=True)

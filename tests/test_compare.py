@@ -47,6 +47,7 @@ def compared(tmp_path_factory):
     return folder, main([*LM, *THREE, "--output", str(folder)])
 
 
+@pytest.mark.slow
 def test_every_method_has_its_line(compared):
     folder, data = compared
     assert [line["name"] for line in data["lines"]] == ["loreft", "lora", "head"]
@@ -69,6 +70,7 @@ def scores_of(data, name, part="demo_lm_code/test"):
     return data["methods"][name]["test"]["scores"][part]["adapters"]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_answers(compared):
     folder, data = compared
     rows = list(TASKS["demo_lm_code"].load("test").shuffle(seed=0).select(range(40)))
@@ -79,6 +81,7 @@ def test_scores_are_those_of_the_answers(compared):
             assert score["value"] == pytest.approx(np.mean(right))
 
 
+@pytest.mark.slow
 def test_what_was_forgotten_is_told(compared):
     _, data = compared
     assert data["plan"]["own"] == ["demo_lm_base"]
@@ -88,6 +91,7 @@ def test_what_was_forgotten_is_told(compared):
         assert line["own"] == {"demo_lm_base": pytest.approx(np.mean(values))}
 
 
+@pytest.mark.slow
 def test_differences_are_paired_and_corrected(compared):
     _, data = compared
     first, *others = data["lines"]
@@ -97,6 +101,7 @@ def test_differences_are_paired_and_corrected(compared):
         assert line["p_value"] >= line["difference"]["p_value"]
 
 
+@pytest.mark.slow
 def test_the_test_is_opened_once_and_last(compared):
     folder, data = compared
     final = [method["selection"]["final_at"] for method in data["methods"].values()]
@@ -109,6 +114,7 @@ def test_the_test_is_opened_once_and_last(compared):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")} == before
 
 
+@pytest.mark.slow
 def test_other_settings_want_another_folder(compared, capsys):
     folder, _ = compared
     with pytest.raises(SystemExit):

@@ -49,7 +49,12 @@ REFUSED = {
     ("prefix", "sequence"): AROUND,
 }
 PAIRS = [(method, setup) for method in METHODS for setup in SETUPS if (method, setup) not in REFUSED]
-pairs = pytest.mark.parametrize(("method", "name"), PAIRS)
+# Those that differ from another one by a setting alone wait for the slow run.
+TWINS = ("reft", "rslora", "norms")
+pairs = pytest.mark.parametrize(
+    ("method", "name"),
+    [pytest.param(*pair, marks=pytest.mark.slow) if pair[0] in TWINS else pair for pair in PAIRS],
+)
 
 
 @cache

@@ -309,6 +309,7 @@ def test_a_search_goes_on_where_it_stopped(bench, tmp_path):
     assert {(kind, one.number) for kind, one in first.done} <= {(kind, one.number) for kind, one in more.done}
 
 
+@pytest.mark.slow
 def test_placement_comes_first_and_training_takes_the_best(bench, tmp_path):
     found = search(bench, tmp_path, Budget(8, "trials")).run()
     kinds = [kind for kind, _ in found.done]
@@ -320,6 +321,7 @@ def test_placement_comes_first_and_training_takes_the_best(bench, tmp_path):
     assert found.best.result.dev == max(whole)
 
 
+@pytest.mark.slow
 def test_a_budget_of_operations_is_metered(tmp_path):
     bench = make(meter=Operations())
     one = bench.run(ReftMethod(), choice_of(bench, text="prompt"), BRIEF)

@@ -228,11 +228,12 @@ def test_alpacas_prompt():
 # --- demo tasks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in DEMO if name != "demo_clip"])
+@pytest.mark.parametrize("name", [name for name in DEMO if not name.startswith("demo_clip")])
 def test_demo_tasks_load(name):
     task = DEMO[name]
     nums = (520, 158, 407) if name == "demo_short" else (1000, 300, 800)
-    for part, num_rows in zip(("train", "dev", "test"), nums, strict=True):
+    parts = ("train", "dev", "test") if task.parts.train else ("dev", "test")
+    for part, num_rows in zip(parts, nums[-len(parts) :], strict=True):
         rows = task.load(part)
         assert len(rows) == len(set(rows["id"])) == num_rows
         assert list(rows.features) == list(task.features)

@@ -500,6 +500,7 @@ def test_samples_are_named_whatever_made_the_batch(workers, tmp_path):
     assert f"samples {', '.join(map(str, broken.seen[-1]))} of the training data" in str(first.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("due", ["logging_steps", "save_steps", "eval_steps", "64 losses"])
 def test_where_looking_costs_a_synchronisation_it_is_done_when_something_is_due(due, tmp_path, monkeypatch):
     """As on an accelerator: the error comes later, names the same samples, and nothing was saved in between."""

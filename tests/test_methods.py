@@ -49,11 +49,17 @@ REFUSED = {
     ("prefix", "sequence"): AROUND,
 }
 PAIRS = [(method, setup) for method in METHODS for setup in SETUPS if (method, setup) not in REFUSED]
-# Those that differ from another one by a setting alone wait for the slow run.
+# Those that differ from another one by a setting alone wait for the slow run, and so do most on text alone.
 TWINS = ("reft", "rslora", "norms")
+FEW = ("loreft", "lora", "prompt", "head")
+
+
+def _is_slow(method, name):
+    return method in TWINS or (name in ("lm", "sequence") and method not in FEW)
+
+
 pairs = pytest.mark.parametrize(
-    ("method", "name"),
-    [pytest.param(*pair, marks=pytest.mark.slow) if pair[0] in TWINS else pair for pair in PAIRS],
+    ("method", "name"), [pytest.param(*pair, marks=pytest.mark.slow) if _is_slow(*pair) else pair for pair in PAIRS]
 )
 
 

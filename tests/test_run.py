@@ -126,6 +126,7 @@ def test_a_task_of_the_hub_runs_end_to_end(tmp_path, monkeypatch):
 # The same again ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_answers(tmp_path):
     options = make("vqav2", tmp_path)
     first, second = (
@@ -187,6 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     assert len(ended["test"]["openings"]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_died_after_its_training_trains_no_more(tmp_path, monkeypatch):
     options = make("vqav2", tmp_path)
     whole = start("vqav2", options, tmp_path / "whole", "--epochs", "2", "--max-steps", "-1")

@@ -109,7 +109,9 @@ FAMILIES = {
 
 
 SIZES = [
-    pytest.param((name, size), marks=[pytest.mark.slow] if size == "true" else [], id=f"{name}-{size}")
+    pytest.param(
+        (name, size), marks=[pytest.mark.slow] if size == "true" or name == "llava15" else [], id=f"{name}-{size}"
+    )
     for name, size in itertools.product(FAMILIES, ("narrow", "true"))
 ]
 

@@ -230,6 +230,7 @@ def test_a_config_that_is_too_large_is_not_read(tmp_path):
         vlreft.load(shared_llama(), tmp_path)
 
 
+@pytest.mark.slow
 def test_shapes_are_checked_before_a_tensor_is_read(tmp_path):
     """A file of 4 GB that declares honestly what it holds, and the config does not ask for."""
     saved(tmp_path)

@@ -20,16 +20,7 @@ from tasks.compare.comparison import Comparison, Plan, possible
 from tasks.compare.page import compare_page
 from tasks.compare.results import lines_of, markdown, record
 from tasks.methods.table import METHODS
-from tasks.search.command import (
-    add_arguments,
-    budget_of,
-    default_output,
-    identity_of,
-    make_bench,
-    settings_of,
-    task_and_source,
-    versions,
-)
+from tasks.search.command import add_arguments, budget_of, default_output, prepare, task_and_source
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -54,22 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
-    task, source = task_and_source(args.task)
-    budget, settings = budget_of(args), replace(settings_of(task, args), num_test=args.num_test)
+    task, _ = task_and_source(args.task)
     own = tuple(task.own if args.own is None else args.own)
-    plan = Plan(tuple(args.methods or METHODS), budget, tuple(range(args.seeds)), args.epochs, own, args.seed)
-    bench = make_bench(source, settings, budget, args.cache)
-    cannot: dict[str, str] = {}
+    seeds = tuple(range(args.seeds))
+    plan = Plan(tuple(args.methods or METHODS), budget_of(args), seeds, args.epochs, own, args.seed)
+    ready, cannot = prepare(args, num_test=args.num_test), {}
     if args.methods is None:
-        can, cannot = possible(plan.methods, bench.setup)
-        plan = Plan(tuple(can), budget, plan.seeds, plan.epochs, own, args.seed)
+        can, cannot = possible(plan.methods, ready.bench.setup)
+        plan = replace(plan, methods=tuple(can))
     folder = Path(args.output or default_output("compare", task))
-    comparison = Comparison(task, settings, plan, bench, identity_of(bench, settings, versions()), folder)
+    comparison = Comparison(task, ready.settings, plan, ready.bench, ready.identity, folder)
     comparison.execute()
     lines = lines_of(comparison)
     data = record(comparison, lines, cannot)
     (folder / "compare.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (folder / "compare.html").write_text(compare_page(task.title, settings.model, data, lines), encoding="utf-8")
+    (folder / "compare.html").write_text(compare_page(task.title, ready.settings.model, data, lines), encoding="utf-8")
     print(markdown(comparison, lines))
     for name, why in cannot.items():
         print(f"not compared: {name}: {why}")

@@ -18,16 +18,7 @@ from typing import Any
 
 from tasks.methods.reft import ReftMethod
 from tasks.methods.table import METHODS
-from tasks.search.command import (
-    add_arguments,
-    budget_of,
-    default_output,
-    identity_of,
-    make_bench,
-    settings_of,
-    task_and_source,
-    versions,
-)
+from tasks.search.command import add_arguments, default_output, prepare
 from tasks.search.page import search_page
 from tasks.search.search import Found, Search
 from tasks.search.study import open_storage
@@ -53,16 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     cpu_start = time.process_time()
-    task, source = task_and_source(args.task)
-    budget, settings = budget_of(args), settings_of(task, args)
     if args.method not in METHODS:
         raise ValueError(f"there is no method {args.method!r}; there are {', '.join(METHODS)}.")
-    method, folder = METHODS[args.method], Path(args.output or default_output("search", task))
-    bench, known = make_bench(source, settings, budget, args.cache), versions()
+    method, ready = METHODS[args.method], prepare(args)
+    task, budget, bench = ready.task, ready.budget, ready.bench
+    folder = Path(args.output or default_output("search", task))
     loaded = time.process_time() - cpu_start
     storage = open_storage(args.storage or f"sqlite:///{(folder / 'study.db').absolute()}")
-    identity = identity_of(bench, settings, known)
-    search = Search(bench, method, budget, storage, identity, epochs=args.epochs, seed=args.seed)
+    search = Search(bench, method, budget, storage, ready.identity, epochs=args.epochs, seed=args.seed)
     before = search.spent()
     found = search.run()
     record = {
@@ -74,8 +63,8 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
             "trials": round(found.spent - before, 2) if budget.unit == "seconds" else None,
             "all": round(time.process_time() - cpu_start, 2),
         },
-        "identity": identity,
-        "versions": known,
+        "identity": ready.identity,
+        "versions": ready.versions,
         "importances": found.importances,
         "trials": [
             {"stage": stage, "number": one.number, "choice": dict(one.choice), **one.result.to_dict()}
@@ -86,7 +75,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in (("search.json", record), ("best.json", best)):
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (folder / "search.html").write_text(search_page(task.title, settings.model, record, best), encoding="utf-8")
+    (folder / "search.html").write_text(search_page(task.title, ready.settings.model, record, best), encoding="utf-8")
     print(f"dev {found.best.result.dev:.4f} with {found.best.result.num_trained:,} numbers: {dict(found.choice)}")
     print(f"{len(found.done)} trials, {found.spent:.4g} {budget.unit}; all of it: {folder}/search.html")
     return record

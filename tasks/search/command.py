@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,26 @@ def make_bench(source: Task, settings: Settings, budget: Budget, cache: str = CA
         features=vlreft.FeatureCache(cache),
         prefixes=vlreft.KeptPrefixes(cache, required=False),
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a command works with. identity: what trials depend on beside their choices."""
+
+    task: Task
+    budget: Budget
+    settings: Settings
+    bench: Workbench
+    versions: Mapping[str, str]
+    identity: Mapping[str, Any]
+
+
+def prepare(args: argparse.Namespace, *, num_test: int | None = None) -> Prepared:
+    """Load all that the options name. Raises ValueError for what does not fit, before anything is loaded if it can."""
+    task, source = task_and_source(args.task)
+    budget, settings = budget_of(args), replace(settings_of(task, args), num_test=num_test)
+    bench, known = make_bench(source, settings, budget, args.cache), versions()
+    return Prepared(task, budget, settings, bench, known, identity_of(bench, settings, known))
 
 
 def identity_of(bench: Workbench, settings: Settings, versions: Mapping[str, str]) -> dict[str, Any]:

@@ -20,16 +20,7 @@ from typing import Any, Literal
 
 from tasks.search.__main__ import best_of
 from tasks.search.budget import Budget
-from tasks.search.command import (
-    add_arguments,
-    budget_of,
-    default_output,
-    identity_of,
-    make_bench,
-    settings_of,
-    task_and_source,
-    versions,
-)
+from tasks.search.command import add_arguments, default_output, prepare
 from tasks.search.gates import PlacedMethod, Placement, by_slot, layers_by_slot, learn
 from tasks.search.saliency import guess
 from tasks.search.search import Found, coarse
@@ -59,10 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
     cpu_start = time.process_time()
-    task, source = task_and_source(args.task)
-    budget, settings = budget_of(args), settings_of(task, args)
+    ready = prepare(args)
+    task, budget, bench = ready.task, ready.budget, ready.bench
     folder = Path(args.output or default_output("placing", task))
-    bench, known = make_bench(source, settings, budget, args.cache), versions()
     full = Fidelity(args.epochs, None, (1.0,))
     placement = place(bench, args.how, args.max_numbers, args.rank, full, budget, seed=args.seed)
     method = PlacedMethod(places=placement.kept, rank=args.rank)
@@ -75,8 +65,8 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
         "max_numbers": args.max_numbers,
         "budget": {"amount": budget.amount, "unit": budget.unit, "spent": found.spent},
         "seconds": round(time.process_time() - cpu_start, 2),
-        "identity": identity_of(bench, settings, known),
-        "versions": known,
+        "identity": ready.identity,
+        "versions": ready.versions,
         **described(placement),
         "dev": found.best.result.dev,
         "trials": [{"choice": dict(one.choice), **one.result.to_dict()} for _, one in found.done],

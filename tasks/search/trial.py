@@ -133,6 +133,7 @@ class Workbench:
         limit: of what the meter may show. report: takes a rung's number, from 1, and the value on dev; True stops.
         save_to: where the trained numbers go.
         """
+        self.setup.model.eval()  # as it was loaded; the last training has left it in training mode
         with self.meter.running(), tempfile.TemporaryDirectory(prefix="vlreft-trial-") as name:
             set_seed(seed)
             with method.adapted(self.setup, choice) as adapted, self._cached():

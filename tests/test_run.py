@@ -30,6 +30,7 @@ FOLDERS = official_vqa.FOLDERS | official_captions.FOLDERS | official_text.FOLDE
 DEMO = [name for name in TASKS if name.startswith("demo_")]
 OWN = [name for name in DEMO if TASKS[name].parts.train is None]  # what the demo models could do before
 TRAINED = [name for name in TASKS if name not in OWN]
+FIRST = ("pope", *{TASKS[name].kind: name for name in TRAINED}.values())  # one of each kind, and one of other data
 QUICK = ["--max-steps", "2", "--batch-size", "4", "--rank", "2", "--eval-batch-size", "8", "--max-new-tokens", "4"]
 QUIET = ["--set", "disable_tqdm=true"]
 ROOT = Path(__file__).parent.parent
@@ -255,7 +256,7 @@ def test_no_file_of_the_test_is_opened_before_the_selection_is_final(name, tmp_p
     assert any(not is_open for _, is_open in WATCH.seen) or name == "pope"  # the watch sees what is read before
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.slow) for n in TRAINED])
 def test_no_part_of_the_test_is_loaded_before_the_selection_is_final(name, tmp_path, monkeypatch):
     options, output, loaded = make(name, tmp_path), tmp_path / "run", []
     load = Task.load

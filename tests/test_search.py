@@ -235,6 +235,26 @@ def test_of_two_at_once_the_later_gives_way(tmp_path):
     assert other.ask() is None
 
 
+def test_a_trial_that_is_still_being_asked_for_is_waited_for(tmp_path, monkeypatch):
+    """The earlier one of two twins has its number, and says only later what it is: the later one gives way even so."""
+    space = {"a": CategoricalDistribution((1,))}
+    one, other = stage(tmp_path, space), stage(tmp_path, space)
+    early = one.study.ask()  # no parameters and no owner yet
+    sleeps = []
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        early.suggest_categorical("a", (1,))
+        early.set_user_attr("owner", one_owner)
+
+    late = other.study.ask(fixed_distributions=space)
+    late.set_user_attr("owner", one_owner := {"host": "h", "pid": 1, "began": 0.0})
+    monkeypatch.setattr("tasks.search.study.time.sleep", sleep)
+    assert other._is_repeated(late)
+    assert sleeps == [0.02]
+    assert not one._is_repeated(early)
+
+
 def test_what_is_behind_at_a_rung_is_given_up(tmp_path):
     one = stage(tmp_path, {"a": FloatDistribution(0, 1)})
     for value in (0.9, 0.8, 0.7):

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import optuna
 import psutil
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tasks.search.trial import Result
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 IDENTITY, RESULT, OWNER, REASON, START = "identity", "result", "owner", "reason", "start"
+PATIENCE = 10.0  # seconds that a trial of another process may take to say what it is
 MOST_REPEATS = 30  # times in a row that what is asked for was tried before: then the space is taken for exhausted
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -74,6 +77,7 @@ class Stage:
         if not space or any(getattr(one, "choices", None) == () for one in space.values()):
             raise ValueError(f"the search space of {name!r} is empty: there is nothing to choose from")
         self.name, self.space = name, dict(space)
+        self._ghosts: set[int] = set()
         # ASHA: at each rung the best half go on.
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         self.study = optuna.create_study(
@@ -102,7 +106,11 @@ class Stage:
         """Fail the trials of this machine's processes that are no more."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             owner = trial.user_attrs.get(OWNER)
-            if owner is not None and owner["host"] == socket.gethostname() and not _is_alive(owner):
+            if owner is None:  # being asked for this moment, or by a process that was killed then
+                is_dead = _age(trial) > 6 * PATIENCE
+            else:
+                is_dead = owner["host"] == socket.gethostname() and not _is_alive(owner)
+            if is_dead:
                 self.study.tell(trial.number, state=TrialState.FAIL)
 
     # Trials ----------------------------------------------------------------------------------------------------------
@@ -124,10 +132,20 @@ class Stage:
         return None
 
     def _is_repeated(self, trial: optuna.Trial) -> bool:
-        others = self.study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
-        twins = [other for other in others if other.number != trial.number and other.params == trial.params]
-        # Of two that began at the same time the later number gives way.
-        return any(other.state != TrialState.RUNNING or other.number < trial.number for other in twins)
+        """Whether another trial is the same: a finished one, or one that runs and began before this one.
+
+        What a trial was asked for is written piece by piece, and its owner last, so those before it are waited for.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            others = self.study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
+            before = [one for one in others if one.state in FINISHED or one.number < trial.number]
+            half = [one.number for one in before if OWNER not in one.user_attrs and one.number not in self._ghosts]
+            if not half:
+                return any(one.params == trial.params for one in before if one.number != trial.number)
+            if time.monotonic() > deadline:
+                self._ghosts.update(half)  # whoever began them is no more
+            time.sleep(0.02)
 
     def reporter(self, trial: optuna.Trial) -> Callable[[int, float], bool]:
         """Return what takes a rung and its value, and says whether the trial should be given up.
@@ -183,6 +201,12 @@ class Stage:
         if name not in self.study.user_attrs:
             self.study.set_user_attr(name, value)
         return self.study.user_attrs[name]
+
+
+def _age(trial: FrozenTrial) -> float:
+    """The seconds since a trial began."""
+    began = trial.datetime_start
+    return 0.0 if began is None else (datetime.now() - began).total_seconds()
 
 
 def _me() -> dict[str, Any]:

@@ -255,6 +255,12 @@ def test_a_trial_that_is_still_being_asked_for_is_waited_for(tmp_path, monkeypat
     assert not one._is_repeated(early)
 
 
+def test_processes_agree_on_what_the_first_one_says(tmp_path):
+    one, other = (stage(tmp_path, {"a": CategoricalDistribution((1,))}) for _ in range(2))
+    assert other.agree("finalists", ["x"]) == ["x"]
+    assert one.agree("finalists", ["y"]) == ["x"]
+
+
 def test_what_is_behind_at_a_rung_is_given_up(tmp_path):
     one = stage(tmp_path, {"a": FloatDistribution(0, 1)})
     for value in (0.9, 0.8, 0.7):

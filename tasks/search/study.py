@@ -20,6 +20,7 @@ import psutil
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tasks.search.trial import Result
 
@@ -39,9 +40,19 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             return optuna.storages.JournalStorage(JournalFileBackend(file))
         if where.startswith("sqlite:///"):
             Path(where.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.RDBStorage(where)
+        return _database(where)
     except Exception as error:  # each driver has errors of its own
         raise ValueError(f"the storage {where!r} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def _database(where: str) -> optuna.storages.RDBStorage:
+    """Open a database; while another process is making its tables, wait."""
+    for wait in (0.2, 0.5, 1.0, 2.0):
+        try:
+            return optuna.storages.RDBStorage(where)
+        except (IntegrityError, OperationalError):
+            time.sleep(wait)
+    return optuna.storages.RDBStorage(where)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Stage:
     ) -> None:
         if not space or any(getattr(one, "choices", None) == () for one in space.values()):
             raise ValueError(f"the search space of {name!r} is empty: there is nothing to choose from")
-        self.name, self.space = name, dict(space)
+        self.name, self.space, self.storage = name, dict(space), storage
         self._ghosts: set[int] = set()
         # ASHA: at each rung the best half go on.
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
@@ -197,10 +208,11 @@ class Stage:
         return dict(optuna.importance.get_param_importances(self.study))
 
     def agree(self, name: str, value: Any) -> Any:
-        """Return what this study has under a name; the first process to ask has given its value."""
-        if name not in self.study.user_attrs:
-            self.study.set_user_attr(name, value)
-        return self.study.user_attrs[name]
+        """Return what all processes take for a value: what the first one gave. Numbers of trials are given out once."""
+        settled = optuna.create_study(storage=self.storage, study_name=f"{self.name}/{name}", load_if_exists=True)
+        if not settled.get_trials(deepcopy=False):
+            settled.enqueue_trial({}, user_attrs={name: value})
+        return min(settled.get_trials(deepcopy=False), key=lambda trial: trial.number).user_attrs[name]
 
 
 def _age(trial: FrozenTrial) -> float:

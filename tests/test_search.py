@@ -437,7 +437,7 @@ def done_in(folder):
         return []
     import optuna
 
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+    storage = open_storage(f"sqlite:///{folder / 'study.db'}")
     found = []
     for study in optuna.get_all_study_names(storage):
         trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)

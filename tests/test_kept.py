@@ -291,6 +291,49 @@ def test_training_with_kept_prefixes_learns_the_same(tmp_path, on_disk, accumula
     assert kept.num_hits >= 6 * accumulate - 2
 
 
+def test_a_store_serves_one_training_after_another(tmp_path):
+    """Another adapter on the same base, edited elsewhere, finds what the first one's training has kept."""
+    store = vlreft.KeptPrefixes("1GB")
+    first, reft = trained(tmp_path, keep_prefixes=store, group_by_image=True)
+    first.train()
+    assert store.num_misses == 2  # pictures
+    model = reft.model
+    reft.detach()
+    learned = []
+    for kept in (store, None):
+        torch.manual_seed(0)
+        edit = intervention("loreft", positions="question:l1", init="reference")
+        reft = vlreft.attach(model, vlreft.ReftConfig(edit))
+        trainer = vlreft.ReftTrainer(
+            model, first.args, first.data_collator, rows_about(2), keep_prefixes=kept, group_by_image=True
+        )
+        trainer.train()
+        learned.append([parameter.detach().clone() for parameter in reft.parameters()])
+        reft.detach()
+    assert store.num_misses <= 2 + 1  # how a cache is built is seen on one row
+    for one, other in zip(*learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_store_that_need_not_be_used(tmp_path):
+    store = vlreft.KeptPrefixes("1GB", required=False)
+    trainer, reft = trained(tmp_path, keep_prefixes=store, steps=1)
+    model = reft.model
+    reft.detach()
+    vlreft.attach(model, vlreft.ReftConfig(intervention("loreft", site="vision", positions="patches")))
+    for required in (False, True):
+        store.required = required
+        again = vlreft.ReftTrainer(model, trainer.args, trainer.data_collator, rows_about(1), keep_prefixes=store)
+        if required:
+            with pytest.raises(ValueError, match="`keep_prefixes` is not possible"):
+                again.train()
+        else:
+            again.train()
+    assert not store.num_misses
+    with pytest.raises(ValueError, match="has its own folder"):
+        trained(tmp_path, keep_prefixes=store, keep_prefixes_in=tmp_path / "kept")
+
+
 def test_a_budget_below_a_single_prefix(tmp_path):
     trainer, _ = trained(tmp_path, keep_prefixes="1kB")
     with pytest.raises(ValueError, match=r"^`keep_prefixes` \(=1000 bytes\) is less than a single prefix takes, "):

@@ -447,7 +447,7 @@ def done_in(folder):
 
 @pytest.mark.slow
 def test_a_killed_search_loses_what_was_running_alone(tmp_path):
-    process = command(tmp_path, 8)
+    process = command(tmp_path, 200)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         finished = [one for one in done_in(tmp_path) if one[2] in ("COMPLETE", "PRUNED")]
@@ -457,11 +457,11 @@ def test_a_killed_search_loses_what_was_running_alone(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = {one[:2] for one in done_in(tmp_path) if one[2] in ("COMPLETE", "PRUNED")}
-    assert 3 <= len(before) < 8
-    assert command(tmp_path, 8).wait(timeout=240) == 0
+    assert len(before) >= 3
+    assert command(tmp_path, len(before) + 3).wait(timeout=240) == 0
     after = done_in(tmp_path)
     assert before <= {one[:2] for one in after if one[2] in ("COMPLETE", "PRUNED")}
-    assert sum(one[2] in ("COMPLETE", "PRUNED") for one in after) == 8
+    assert sum(one[2] in ("COMPLETE", "PRUNED") for one in after) == len(before) + 3
     assert not [one for one in after if one[2] == "RUNNING"]
 
 

@@ -20,15 +20,12 @@ from tasks.compare.comparison import Comparison, Plan, possible
 from tasks.compare.page import compare_page
 from tasks.compare.results import lines_of, markdown, record
 from tasks.methods.table import METHODS
-from tasks.search.command import add_arguments, budget_of, default_output, prepare, task_and_source
+from tasks.search.command import budget_of, carry_out, default_output, make_parser, prepare, task_and_source
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Compare from the command line; return the record."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = make_parser("tasks.compare", __doc__)
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=5, help="how many final trainings of each method (5)")
     parser.add_argument(
@@ -37,11 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--own", nargs="*", help="tasks that the base could do before; those of the demo tasks are known"
     )
-    args = parser.parse_args(arguments)
-    try:
-        return _compare(args)
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
+    return carry_out(parser, arguments, _compare)
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:

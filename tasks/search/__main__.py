@@ -18,7 +18,7 @@ from typing import Any
 
 from tasks.methods.reft import ReftMethod
 from tasks.methods.table import METHODS
-from tasks.search.command import add_arguments, default_output, prepare
+from tasks.search.command import carry_out, default_output, make_parser, prepare
 from tasks.search.page import search_page
 from tasks.search.search import Found, Search
 from tasks.search.study import open_storage
@@ -27,19 +27,12 @@ from tasks.search.trial import Workbench
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Search from the command line; return the record."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = make_parser("tasks.search", __doc__)
     parser.add_argument("--method", default="loreft", help=f"one of {', '.join(METHODS)}")
     parser.add_argument(
         "--storage", help="Optuna's: a database's address, or journal:FILE; SQLite in the output folder"
     )
-    args = parser.parse_args(arguments)
-    try:
-        return _search(args)
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
+    return carry_out(parser, arguments, _search)
 
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""What `tasks.search` and `tasks.compare` are told alike: task, base, data, budget; and the workbench made of it."""
+"""What searches, placings and comparisons are told alike: task, base, data, budget; and the workbench made of it."""
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -21,11 +21,30 @@ from tasks.splits import describe_part
 from tasks.table import TASKS
 from tasks.task import Task
 
+Made = TypeVar("Made")
 VERSIONS = ("vlreft", "torch", "transformers", "peft", "optuna")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what both commands take."""
+def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Make a command's parser, with what all of them take."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=text, formatter_class=raw)
+    _add_arguments(parser)
+    return parser
+
+
+def carry_out(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, do: Callable[[argparse.Namespace], Made]
+) -> Made:
+    """Do what the arguments say; what is wrong with them ends the command with one sentence."""
+    args = parser.parse_args(arguments)
+    try:
+        return do(args)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("task")
     add("--model", help="a folder or a name on the hub; a demo model by default")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tasks.search.__main__ import best_of
 from tasks.search.budget import Budget
-from tasks.search.command import add_arguments, default_output, prepare
+from tasks.search.command import carry_out, default_output, make_parser, prepare
 from tasks.search.gates import PlacedMethod, Placement, by_slot, layers_by_slot, learn
 from tasks.search.saliency import guess
 from tasks.search.search import Found, coarse
@@ -34,18 +34,11 @@ PLAIN = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0}
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Place from the command line; return the record."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.search.placing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = make_parser("tasks.search.placing", __doc__)
     parser.add_argument("--how", choices=HOWS, required=True, help="learned in a training, or guessed without one")
     parser.add_argument("--max-numbers", type=int, required=True, help="trained numbers of the interventions, at most")
     parser.add_argument("--rank", type=int, default=4, help="of the interventions at the places that are kept (4)")
-    args = parser.parse_args(arguments)
-    try:
-        return _place(args)
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
+    return carry_out(parser, arguments, _place)
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:

@@ -85,13 +85,12 @@ class Search:
         if self.first is not None:
             space["placement"] = CategoricalDistribution(tuple(finalists))
         stage = Stage(self.storage, f"{self.method.name}/training", space, self.identity, seed=self.seed)
-        plain = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0}
-        dropout = {"dropout": 0.0} if "dropout" in space else {}
-        rate = coarse(self.space.training["learning_rate"])
-        starts = [{**plain, **dropout, "learning_rate": one} for one in (rate[len(rate) // 2], *rate)][:1]
-        if self.first is not None:
-            rates = {placed(one.choice): one.choice["learning_rate"] for one in self.first.best(10**6)[::-1]}
-            starts = [{**starts[0], "placement": one, "learning_rate": rates[one]} for one in finalists if one in rates]
+        rates = coarse(self.space.training["learning_rate"])
+        plain = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0, "learning_rate": rates[len(rates) // 2]}
+        starts = [plain | ({"dropout": 0.0} if "dropout" in space else {})]
+        if self.first is not None:  # each placement with the rate that was best for it
+            best = {placed(one.choice): one.choice["learning_rate"] for one in self.first.best(10**6)[::-1]}
+            starts = [{**starts[0], "placement": one, "learning_rate": best[one]} for one in finalists if one in best]
         stage.start_with(starts)
         return stage
 

@@ -76,7 +76,7 @@ def rows_of(name):
 
 
 @cache
-def setup_of(name):
+def loaded(name):
     if name == "clip":
         return ClassesSetup(
             TASKS["demo_clip"], "assets/demo-clip", OPTIONS, sorted(set(column(rows_of("clip"), "answer")))
@@ -87,8 +87,16 @@ def setup_of(name):
     return GenerateSetup(TASKS[task], f"assets/{model}", OPTIONS)
 
 
+@cache
+def setup_of(name):
+    """Return a base that has run once: transformers hangs hooks of its own into a tower then, and leaves them there."""
+    setup = loaded(name)
+    logits(setup.model, name)
+    return setup
+
+
 def batch_of(name):
-    setup = setup_of(name)
+    setup = loaded(name)
     batch = setup.collator(list(setup.examples(rows_of(name), training=True)))
     return {key: value for key, value in batch.items() if key != "labels" or name != "clip"}
 

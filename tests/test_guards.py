@@ -120,7 +120,7 @@ ARROWS = {
     "saving.pyreft": {"config", "positions", "reft", "saving.checkpoint", "saving.foreign"},
     "training.trainer": {
         *("causes.interchange", "data.collator", "data.contrast", "layout", "reft", "reuse.grouping"),
-        *("reuse.kept", "reuse.prefix", "running.beside", "training.answers", "training.faults"),
+        *("reuse.kept", "reuse.prefix", "reuse.questions", "running.beside", "training.answers", "training.faults"),
         *("training.sharding",),
     },
     "__init__": {

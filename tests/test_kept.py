@@ -431,6 +431,25 @@ def test_the_trainer_groups_and_resumes_in_the_same_order(tmp_path):
             torch.testing.assert_close(one, other)
 
 
+def test_evaluation_runs_a_picture_once_for_the_rows_that_follow_one_another(tmp_path):
+    plain, _ = trained(tmp_path / "plain", group_by_image=False)
+    grouped, reft = trained(tmp_path / "grouped", group_by_image=True)
+    rows = sorted(rows_about(3), key=lambda row: row["image_id"])
+    pictures = []
+    tower = reft.model.model.vision_tower
+    handle = tower.register_forward_hook(lambda _tower, inputs, _output: pictures.append(len(inputs[0])))
+    answers = []
+    for trainer in (plain, grouped):
+        trainer.generation = {"max_new_tokens": 4, "do_sample": False}
+        trainer.args.per_device_eval_batch_size = 2 * len(QUESTIONS)
+        answers.append(trainer.predict_answers(rows))
+    handle.remove()
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
+    # Two pictures, then one; and one more, where it is tried once that this is exact.
+    assert sum(pictures) == 3 + 1
+
+
 def test_pictures_are_known_by_id_or_path(tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(2)]
     for path in paths:

@@ -73,7 +73,7 @@ class ReftMethod(Method):
     def space(self, setup: Setup) -> Space:
         """Every slot is off or at one of its positions, all with one rank and one choice of layers.
 
-        First come each slot alone, each pair of them, and all together.
+        First come all slots together, which a search that is soon over can rely on, then each alone, and each pair.
         """
         slots = slots_of(setup)
         if not slots:
@@ -88,7 +88,7 @@ class ReftMethod(Method):
             "tied": CategoricalDistribution((False, True)),
         }
         plain = {"layers": "all", "rank": 4 if 4 in ranks else ranks[-1], "formula": self.formulas[0], "tied": False}
-        numbers = (1, 2, len(slots)) if len(slots) > 2 else range(1, len(slots) + 1)
+        numbers = dict.fromkeys((len(slots), 1, min(2, len(slots))))
         starts = [
             {**{slot.name: slot.positions[-1] if slot in on else OFF for slot in slots}, **plain}
             for number in numbers

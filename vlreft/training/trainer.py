@@ -23,6 +23,7 @@ from vlreft.reft import Reft, find_only_reft
 from vlreft.reuse.grouping import ImageGroups, image_keys
 from vlreft.reuse.kept import KeptPrefixes
 from vlreft.reuse.prefix import PrefixReuse
+from vlreft.reuse.questions import Questions
 from vlreft.running.beside import load_peft, peft_model, peft_parameters, save_peft
 from vlreft.training.answers import AnswerFile, answer_all
 from vlreft.training.faults import SafeTraining
@@ -255,7 +256,8 @@ class ReftTrainer(ReftMixin, Trainer):
         recently used first to go, known by the content of text and pictures; what one takes is logged at the first.
     keep_prefixes_in: a folder to keep them in instead, within that budget, as safetensors files of this run alone.
     group_by_image: batches hold the questions about one picture together (it runs once for them), pictures in random
-        order; rows have an `image_id`, or the path of their `image`.
+        order; rows have an `image_id`, or the path of their `image`. In evaluation rows keep their order, and those of
+        one picture that follow one another run it once, wherever that is exact.
     Everything else is `transformers.Trainer`'s.
     """
 
@@ -346,8 +348,12 @@ class ReftTrainer(ReftMixin, Trainer):
             raise ValueError(f"`file` is for one process, there are {self.args.world_size}; gather the answers instead")
 
         generation = self.generation | ({"synced_gpus": True} if self.is_fsdp_enabled else {})
+        questions = self._shared_questions(collator)
 
         def answer(examples: list[Any]) -> list[str]:
+            if questions is not None:
+                with self.compute_loss_context_manager():
+                    return questions.answer(examples, **generation)
             batch = self._prepare_inputs(collator.prompts(examples))
             if self.is_fsdp_enabled:
                 self.refuse_other_inputs(batch)
@@ -364,6 +370,15 @@ class ReftTrainer(ReftMixin, Trainer):
         finally:
             model.train(was_training)
         return [text for _, text in sorted(dict(self._gather(list(zip(places, answers, strict=True)))).items())]
+
+    def _shared_questions(self, collator: Collator | InterchangeCollator) -> Questions | None:
+        """Return what runs a picture once for the rows that follow one another; None where rows run one by one."""
+        model = self.reft.model
+        # The processes of a sharded model call it equally often. Sources are prompts of their own.
+        is_plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and isinstance(model, PreTrainedModel)
+        if not self.group_by_image or not is_plain or not isinstance(collator, Collator):
+            return None
+        return Questions(model, collator, required=False)
 
     def answers_key(self) -> str:
         """Return a hash of what answers depend on, for `AnswerFile`: interventions, generation, batch, base."""

@@ -148,6 +148,12 @@ class PlainTrainer(Scoring):
         if setup.loss is not None:
             self.label_names = ["labels"]  # the model's forward, which they are read off else, knows of none
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the trainer's own optimizer, which keeps in float32 what the base has in less."""
+        if self.optimizer is None:
+            step_in_float32(super().create_optimizer(model))
+        return cast(torch.optim.Optimizer, self.optimizer)
+
     def answers_key(self) -> str:
         """Return a hash of the trained numbers and of how the answers are made."""
         digest = hashlib.sha256(f"{self.setup.generation} {self.args.per_device_eval_batch_size}".encode())
@@ -177,3 +183,30 @@ class PlainTrainer(Scoring):
             return answer_all(answer, dataset, range(len(dataset)), size, file=file, score=score, is_shown=is_shown)
         finally:
             model.train(was_training)
+
+
+def step_in_float32(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer step on float32 copies of parameters in half precision, which follow their copy.
+
+    A step of a usual learning rate is less than half of what tells two bfloat16 numbers apart, and would be lost.
+    """
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    for group in optimizer.param_groups:
+        for place, parameter in enumerate(group["params"]):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                group["params"][place] = copy = nn.Parameter(parameter.detach().float())
+                pairs.append((parameter, copy))
+
+    def take_gradients(*_: Any) -> None:
+        for parameter, copy in pairs:
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+
+    @torch.no_grad()
+    def give_back(*_: Any) -> None:
+        for parameter, copy in pairs:
+            parameter.copy_(copy)
+            copy.grad = None
+
+    if pairs:
+        optimizer.register_step_pre_hook(take_gradients)
+        optimizer.register_step_post_hook(give_back)

@@ -1,5 +1,6 @@
 """Ways to adapt a base: what is trained is what is saved, the base comes back bit for bit, refusals say why."""
 
+import copy
 import random
 from functools import cache
 from itertools import islice
@@ -28,7 +29,7 @@ from tasks.methods.weights import given_back
 from tasks.setups import ClassesSetup, GenerateSetup, Options, SequenceSetup
 from tasks.table import TASKS
 from tasks.task import column
-from tasks.training import PlainTrainer, TaskTrainer
+from tasks.training import PlainTrainer, TaskTrainer, step_in_float32
 from vlreft.models.sites import find_sites
 
 # peft 0.21 calls two names that transformers 5.24 renamed.
@@ -227,6 +228,39 @@ def test_a_step_changes_what_is_trained_and_answers_come_from_it(method, name, t
         assert len(answers) == 4
     settle(method, setup.model)
     assert_same(setup.model, before)
+
+
+def test_steps_too_small_for_half_precision_add_up():
+    whole, half = (nn.Linear(8, 8) for _ in range(2))
+    half.load_state_dict(whole.state_dict())
+    half.bfloat16()
+    whole.load_state_dict(half.state_dict())
+    optimizers = [torch.optim.AdamW(module.parameters(), 1e-4, weight_decay=0.0) for module in (whole, half)]
+    step_in_float32(optimizers[1])
+    before = half.weight.detach().clone()
+    for number in range(100):
+        gradient = torch.randn(8, 8, generator=torch.Generator().manual_seed(number)).bfloat16()
+        for module, optimizer in zip((whole, half), optimizers, strict=True):
+            module.weight.grad = gradient.to(module.weight.dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not half.weight.equal(before)
+    assert half.weight.equal(whole.weight.bfloat16())
+    assert half.bias.equal(whole.bias.bfloat16())
+
+
+@pytest.mark.parametrize("method", ["full", "norms", "head"])
+def test_a_base_in_half_precision_is_trained_in_float32(method, tmp_path, monkeypatch):
+    setup = setup_of("lm")
+    monkeypatch.setattr(setup, "model", copy.deepcopy(setup.model).bfloat16())
+    choice = choices_of(method, "lm", 1)[0]
+    with METHODS[method].adapted(setup, choice) as adapted:
+        trainer = trainer_of(method, "lm", adapted, tmp_path)
+        trainer.train()
+        assert {parameter.dtype for parameter in adapted.parameters.values()} == {torch.bfloat16}
+        stepped = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+        assert {parameter.dtype for parameter in stepped} == {torch.float32}
+        assert len(stepped) == len(adapted.parameters)
 
 
 # What comes back -----------------------------------------------------------------------------------------------------

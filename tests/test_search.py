@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -355,6 +358,46 @@ def test_a_budget_of_operations_is_metered(tmp_path):
     assert bench.run(ReftMethod(), choice_of(bench, text="prompt"), BRIEF).spent == one.spent
     found = search(bench, tmp_path, Budget(8 * one.spent, "operations")).run()
     assert found.spent <= 8.5 * one.spent
+
+
+@dataclass
+class Priced:
+    """A bench whose trainings cost what they are said to, and are the better the more they cost."""
+
+    setup: Any
+    price: Callable[[Mapping[str, Any]], float]
+    dev: range = range(300)
+
+    def run(self, _method, choice, fidelity, *, limit, report, **_):
+        rows = 300 if fidelity.num_dev is None else fidelity.num_dev
+        dev = len(fidelity.rungs) * rows * 0.01
+        cost = self.price(choice) * fidelity.epochs * choice.get("epochs", 1.0) + dev
+        if cost > limit:
+            steps = int(100 * limit / cost)
+            return Result(-math.inf, 1, limit, 1.0, steps, 100, 0, stopped="the budget was spent", dev_spent=dev)
+        value = self.price(choice) / 1000
+        for rung in range(len(fidelity.rungs)):
+            report(rung + 1, value)
+        return Result(value, 1, cost, 1.0, 100, 100, 0, dev_spent=dev)
+
+
+@pytest.mark.parametrize("dearest", ["first", "later"])
+def test_whatever_the_budget_enough_is_left_for_the_final_training(bench, tmp_path, dearest):
+    def price(choice):
+        on = [choice[slot.name] != OFF for slot in slots_of(bench.setup)]
+        return 60.0 if all(on) == (dearest == "first") else 20.0
+
+    # Half as long and asked less, then with the reserve, the first placement: it is the least that can be spent.
+    first = price(ReftMethod().space(bench.setup).starts[0])
+    least = (first / 2 + 2) + 1.2 * (first + 6)
+    for number, amount in enumerate((1.05 * least, 1.5 * least, 2 * least, 3 * least, 7 * least)):
+        (folder := tmp_path / str(number)).mkdir()
+        found = search(Priced(bench.setup, price), folder, Budget(amount, "seconds")).run()
+        assert found.best.is_whole
+        assert found.spent <= amount
+    assert found.best.result.dev == 0.06
+    with pytest.raises(ValueError, match="too small for one trial"):
+        search(Priced(bench.setup, price), tmp_path, Budget(0.5 * least, "seconds")).run()
 
 
 def test_a_budget_for_less_than_a_trial_says_how_long_one_takes(bench, tmp_path):

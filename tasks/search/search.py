@@ -19,7 +19,8 @@ from tasks.search.budget import Budget
 from tasks.search.study import Done, Stage
 from tasks.search.trial import Fidelity, Result, Workbench
 
-FIRST_SHARE = 0.6  # of the budget, for placement
+FIRST_SHARE = 0.6  # of the budget, for placement, at most
+RESERVE = 1.2  # times what the final training of the best placement should cost, which is always left for it
 FIRST_LENGTH = 0.5  # of the final training, for placement: at a third, what starts slowly and ends best was given up
 NUM_FINALISTS = 4
 NUM_DEV_FIRST = 100
@@ -97,14 +98,13 @@ class Search:
     def run(self) -> Found:
         """Spend what is left of the budget; return the best. Raises ValueError if it did not last for one trial."""
         if self.first is not None:
-            self._spend(self.first, self.low, FIRST_SHARE)
-            best = distinct(self.first.best(10**6))[:NUM_FINALISTS]
-            if not best:
+            self._spend(self.first, self.low)
+            if not self.first.best(1):
                 raise ValueError(self._too_small(self.first))
-            self.last = self._last_stage(self.first.agree("finalists", best))
+            self.last = self._last_stage(self.first.agree("finalists", self._finalists()))
         else:
             self.last = self._last_stage([])
-        self._spend(self.last, self.full, 1.0)
+        self._spend(self.last, self.full)
         return self.found()
 
     def found(self) -> Found:
@@ -131,12 +131,10 @@ class Search:
             return float(sum(len(stage.done()) for stage in stages))
         return math.fsum(stage.spent() for stage in stages)
 
-    def _spend(self, stage: Stage, fidelity: Fidelity, share: float) -> None:
-        """Make trials until this share of the budget is spent."""
-        counts, limit = self.budget.unit == "trials", share * self.budget.amount
-        if counts and stage is self.first:
-            limit = min(max(1, int(limit)), self.budget.amount - 1)  # one for the last stage
-        while (left := limit - self.spent()) > 0:
+    def _spend(self, stage: Stage, fidelity: Fidelity) -> None:
+        """Make trials until the stage's part of the budget is spent."""
+        counts = self.budget.unit == "trials"
+        while (left := self._limit(stage) - self.spent()) > 0:
             typical = 0.0 if counts else _median([one.result.spent for one in stage.done() if one.is_whole])
             if typical > left and stage.best(1):
                 return  # it would be cut off before its end
@@ -154,6 +152,30 @@ class Search:
                 continue
             stage.tell(trial, self._rounded(result))
 
+    def _finalists(self) -> list[str]:
+        """Return the best placements of those that what is left of the budget lasts for, if it does for any."""
+        assert self.first is not None
+        best, left = self.first.best(10**6), self.budget.amount - self.spent()
+        if self.budget.unit != "trials":
+            best = [one for one in best if self._whole_cost(one.result) <= left] or best
+        return distinct(best)[:NUM_FINALISTS]
+
+    def _limit(self, stage: Stage) -> float:
+        """Return what may be spent by the end of a stage: after the first, enough is left to train the best of it."""
+        amount = self.budget.amount
+        if stage is not self.first:
+            return amount
+        if self.budget.unit == "trials":
+            return min(max(1, int(FIRST_SHARE * amount)), amount - 1)
+        kept = [RESERVE * self._whole_cost(one.result) for one in stage.best(1)]
+        return min(FIRST_SHARE * amount, amount - math.fsum(kept))
+
+    def _whole_cost(self, result: Result) -> float:
+        """Return what a training of the first stage should cost in the last."""
+        num_dev = len(self.bench.dev)
+        dev_ratio = num_dev / min(NUM_DEV_FIRST, num_dev)
+        return (result.spent - result.dev_spent) / FIRST_LENGTH + result.dev_spent * dev_ratio
+
     @staticmethod
     def _rounded(result: Result) -> Result:
         return replace(result, spent=round(result.spent, 4), seconds=round(result.seconds, 4))
@@ -164,7 +186,8 @@ class Search:
             return f"the budget ({self.budget}) was spent before a single trial of {stage.name!r}; give more"
         one = min(cut, key=lambda result: result.spent / max(1, result.steps) * result.num_steps)
         whole = one.spent / max(1, one.steps) * one.num_steps
-        need = whole / (FIRST_SHARE if stage is self.first else 1 - FIRST_SHARE)
+        final = whole / FIRST_LENGTH if stage is self.first else whole
+        need = whole if self.first is None else FIRST_LENGTH * final + RESERVE * final
         return (
             f"the budget ({self.budget}) is too small for one trial: a training of {one.num_steps} steps takes about "
             f"{whole:.3g} {self._unit()}, and {stage.name!r} has a share of the budget; give at least {need:.3g}"

@@ -43,7 +43,7 @@ class Result:
 
     dev: the metric's value on the dev rows at the end, or where it was stopped. spent: by the meter, dev included;
     seconds: of the training alone, without dev, by the clock. curve: (spent, step, dev). stopped: why, "" if it ran to
-    its end.
+    its end. dev_spent: what of `spent` went into answering dev.
     """
 
     dev: float
@@ -56,6 +56,7 @@ class Result:
     curve: list[tuple[float, int, float]] = field(default_factory=list)
     stopped: str = ""
     num_bytes: int = 0
+    dev_spent: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -70,8 +71,8 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[float, int, float]] = []
         self.stopped = ""
         self.steps: list[int] = []
-        self.dev_seconds = 0.0
-        self._asked = 0.0
+        self.dev_seconds = self.dev_spent = 0.0
+        self._asked = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Turn shares into steps."""
@@ -79,7 +80,8 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for dev at a rung; stop where the budget is spent."""
-        control.should_evaluate, self._asked = state.global_step in self.steps, time.perf_counter()
+        control.should_evaluate = state.global_step in self.steps
+        self._asked = (time.perf_counter(), self.meter.spent)
         if self.meter.spent > self.limit:
             self.stopped = "the budget was spent"
             control.should_training_stop = True
@@ -87,7 +89,8 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Report the value; stop if it is none of the best at this rung."""
-        self.dev_seconds += time.perf_counter() - self._asked
+        self.dev_seconds += time.perf_counter() - self._asked[0]
+        self.dev_spent += self.meter.spent - self._asked[1]
         value = metrics["eval_score"]
         value = value if math.isfinite(value) else -math.inf  # a correlation of constant answers is no number
         self.curve.append((self.meter.spent, state.global_step, value))
@@ -156,6 +159,7 @@ class Workbench:
                     curve=watch.curve,
                     stopped=watch.stopped,
                     num_bytes=num_bytes,
+                    dev_spent=watch.dev_spent,
                 )
 
     @contextmanager

@@ -217,7 +217,48 @@ def test_coarse_rates_divide_a_logarithmic_scale():
     assert (low, middle, high) == (1e-3, 1e-2, 1e-1)
 
 
+def test_what_makes_no_difference_makes_no_trial():
+    setup = make("demo_code", "demo-llava").setup
+    method = ReftMethod()
+    off = {slot.name: OFF for slot in slots_of(setup)} | {"rank": 4, "formula": "loreft"}
+    same = [
+        ({"text": "prompt:l4", "tied": True, "layers": "all"}, {"text": "prompt:l4", "tied": False, "layers": "all"}),
+        (
+            {"connector": "image", "tied": True, "layers": "all"},
+            {"connector": "image", "tied": False, "layers": "every 2"},
+        ),
+    ]
+    other = [
+        (
+            {"text": "question:f4+l4", "tied": True, "layers": "all"},
+            {"text": "question:f4+l4", "tied": False, "layers": "all"},
+        ),
+        (
+            {"text": "prompt:l4", "tied": True, "layers": "all"},
+            {"text": "prompt:l4", "tied": True, "layers": "every 2"},
+        ),
+    ]
+    for are_same, pairs in ((True, same), (False, other)):
+        for pair in pairs:
+            one, two = ({**off, **choice} for choice in pair)
+            assert (method.plain(setup, one) == method.plain(setup, two)) == are_same
+            assert (method.config(setup, one) == method.config(setup, two)) == are_same
+            assert method.config(setup, method.plain(setup, one)) == method.config(setup, one)
+    clip = make("demo_clip", "demo-clip", num_train=None, num_dev=None).setup
+    assert ReftMethod().space(clip).placement["tied"].choices == (False,)
+
+
 # Studies -------------------------------------------------------------------------------------------------------------
+
+
+def test_trials_that_differ_in_name_alone_are_twins(tmp_path):
+    space = {"a": CategoricalDistribution((1, -1, 2))}
+    one = stage(tmp_path, space, plain=lambda choice: {"a": abs(choice["a"])})
+    seen = []
+    while (trial := one.ask()) is not None:
+        seen.append(abs(trial.params["a"]))
+        one.tell(trial, result())
+    assert sorted(seen) == [1, 2]
 
 
 def test_no_trial_is_done_twice_and_a_space_ends(tmp_path):

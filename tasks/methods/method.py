@@ -81,6 +81,10 @@ class Method(ABC):
     def space(self, setup: Setup) -> Space:
         """Return what can be chosen for this base. Raises ValueError, with the reason, if it cannot be adapted so."""
 
+    def plain(self, setup: Setup, choice: Choice) -> dict[str, Any]:
+        """Return the choice with all that makes no difference in it set to one value, so that twins are equal."""
+        return dict(choice)
+
     @abstractmethod
     def adapted(self, setup: Setup, choice: Choice) -> AbstractContextManager[Adapted]:
         """Adapt the base inside; afterwards, also after an exception, it is what it was, bit for bit."""

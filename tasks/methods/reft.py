@@ -1,9 +1,10 @@
 """Interventions as a method: where they sit at which sites, layers and positions, of what rank, is searched."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -48,6 +49,11 @@ def slots_of(setup: Setup) -> tuple[Slot, ...]:
     return tuple(found)
 
 
+def _has_parts(slots: Sequence[Slot]) -> bool:
+    """Whether any positions have several parts, which interventions could share."""
+    return any("+" in positions for slot in slots for positions in slot.positions)
+
+
 def _text_slots(site: Site, generates: bool) -> list[Slot]:
     if "eos" in site.segments:  # a dual encoder's text
         return [Slot("text", "text", ("eos", "all"))]
@@ -85,7 +91,7 @@ class ReftMethod(Method):
             "layers": CategoricalDistribution(LAYERS),
             "rank": CategoricalDistribution(ranks),
             "formula": CategoricalDistribution(self.formulas),
-            "tied": CategoricalDistribution((False, True)),
+            "tied": CategoricalDistribution((False, True) if _has_parts(slots) else (False,)),
         }
         plain = {"layers": "all", "rank": 4 if 4 in ranks else ranks[-1], "formula": self.formulas[0], "tied": False}
         numbers = dict.fromkeys((len(slots), 1, min(2, len(slots))))
@@ -96,6 +102,18 @@ class ReftMethod(Method):
         ]
         training = {"learning_rate": rates(*self.learning_rates), "dropout": FloatDistribution(0.0, 0.2, step=0.05)}
         return Space(placement, {**training, **self.training}, tuple(starts))
+
+    def plain(self, setup: Setup, choice: Choice) -> dict[str, Any]:
+        """Tie only positions of several parts, choose layers only of stacks."""
+        on = [slot for slot in slots_of(setup) if choice[slot.name] != OFF]
+        sites = find_sites(setup.model).by_name
+        has_parts = any("+" in choice[slot.name] for slot in on)
+        has_layers = any(sites[slot.site].num_live > 1 for slot in on)
+        return {
+            **choice,
+            "tied": choice["tied"] and has_parts,
+            "layers": choice["layers"] if has_layers else "all",
+        }
 
     def config(self, setup: Setup, choice: Choice) -> vlreft.ReftConfig:
         """Return what a choice trains. Raises ValueError if every slot is off."""

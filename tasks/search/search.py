@@ -77,7 +77,8 @@ class Search:
     def _first_stage(self) -> Stage:
         rates = coarse(self.space.training["learning_rate"])
         space = {**self.space.placement, "learning_rate": CategoricalDistribution(rates)}
-        stage = Stage(self.storage, f"{self.method.name}/placement", space, self.identity, seed=self.seed)
+        name = f"{self.method.name}/placement"
+        stage = Stage(self.storage, name, space, self.identity, seed=self.seed, plain=self._plain)
         stage.start_with([{**start, "learning_rate": rates[len(rates) // 2]} for start in self.space.starts])
         return stage
 
@@ -90,7 +91,7 @@ class Search:
         plain = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0, "learning_rate": rates[len(rates) // 2]}
         starts = [plain | ({"dropout": 0.0} if "dropout" in space else {})]
         if self.first is not None:  # each placement with the rate that was best for it
-            best = {placed(one.choice): one.choice["learning_rate"] for one in self.first.best(10**6)[::-1]}
+            best = {self._placed(one): one.choice["learning_rate"] for one in self.first.best(10**6)[::-1]}
             starts = [{**starts[0], "placement": one, "learning_rate": best[one]} for one in finalists if one in best]
         stage.start_with(starts)
         return stage
@@ -158,7 +159,15 @@ class Search:
         best, left = self.first.best(10**6), self.budget.amount - self.spent()
         if self.budget.unit != "trials":
             best = [one for one in best if self._whole_cost(one.result) <= left] or best
-        return distinct(best)[:NUM_FINALISTS]
+        return list(dict.fromkeys(map(self._placed, best)))[:NUM_FINALISTS]
+
+    def _plain(self, choice: Choice) -> dict[str, Any]:
+        return self.method.plain(self.bench.setup, choice)
+
+    def _placed(self, done: Done) -> str:
+        """Return the placement of a trial of the first stage as text."""
+        choice = self._plain(done.choice)
+        return json.dumps({key: value for key, value in choice.items() if key != "learning_rate"}, sort_keys=True)
 
     def _limit(self, stage: Stage) -> float:
         """Return what may be spent by the end of a stage: after the first, enough is left to train the best of it."""
@@ -203,16 +212,6 @@ def coarse(rates: BaseDistribution) -> tuple[float, ...]:
     low, high = math.log(rates.low), math.log(rates.high)
     steps = [low + (high - low) * number / (NUM_RATES + 1) for number in range(1, NUM_RATES + 1)]
     return tuple(float(f"{math.exp(step):.2g}") for step in steps)
-
-
-def placed(choice: Choice) -> str:
-    """Return the placement of a choice of the first stage as text."""
-    return json.dumps({key: value for key, value in choice.items() if key != "learning_rate"}, sort_keys=True)
-
-
-def distinct(done: list[Done]) -> list[str]:
-    """Return the placements of trials, each once, in their order."""
-    return list(dict.fromkeys(placed(one.choice) for one in done))
 
 
 def whole_choice(choice: Choice) -> dict[str, Any]:

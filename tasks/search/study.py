@@ -73,6 +73,7 @@ class Done:
 class Stage:
     """One study. space: what is asked for. identity: what its trials depend on; one of another is refused.
 
+    plain: takes a choice, returns one that is equal for all choices that make no difference.
     Raises ValueError for an empty space, and for a study that was made for anything else.
     """
 
@@ -84,10 +85,12 @@ class Stage:
         identity: Mapping[str, Any],
         *,
         seed: int = 0,
+        plain: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         if not space or any(getattr(one, "choices", None) == () for one in space.values()):
             raise ValueError(f"the search space of {name!r} is empty: there is nothing to choose from")
-        self.name, self.space, self.storage = name, dict(space), storage
+        self.name, self.space, self.storage, self.plain = name, dict(space), storage, plain
+        self._plain: dict[int, Mapping[str, Any]] = {}
         self._ghosts: set[int] = set()
         # ASHA: at each rung the best half go on.
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
@@ -147,16 +150,23 @@ class Stage:
 
         What a trial was asked for is written piece by piece, and its owner last, so those before it are waited for.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline, plain = time.monotonic() + PATIENCE, self.plain(trial.params)
         while True:
             others = self.study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
             before = [one for one in others if one.state in FINISHED or one.number < trial.number]
             half = [one.number for one in before if OWNER not in one.user_attrs and one.number not in self._ghosts]
             if not half:
-                return any(one.params == trial.params for one in before if one.number != trial.number)
+                whole = (one for one in before if one.number != trial.number and OWNER in one.user_attrs)
+                return any(self._plainly(one) == plain for one in whole)
             if time.monotonic() > deadline:
                 self._ghosts.update(half)  # whoever began them is no more
             time.sleep(0.02)
+
+    def _plainly(self, trial: FrozenTrial) -> Mapping[str, Any]:
+        """Return what a trial was asked for, once it is known whole, without what makes no difference."""
+        if trial.number not in self._plain:
+            self._plain[trial.number] = self.plain(trial.params)
+        return self._plain[trial.number]
 
     def reporter(self, trial: optuna.Trial) -> Callable[[int, float], bool]:
         """Return what takes a rung and its value, and says whether the trial should be given up.

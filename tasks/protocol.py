@@ -26,7 +26,7 @@ from tasks.metrics.score import Score
 from tasks.setups import Options, Setup, load_setup
 from tasks.splits import cut_dev, describe_part, draw_shots, hash_file, refuse_shared, without_shared
 from tasks.task import Task
-from tasks.training import TaskTrainer
+from tasks.training import Job, TaskTrainer
 
 # What a trainer wants to find on a base that is tested without any adapter; it is switched off.
 IDLE = vlreft.ReftConfig(vlreft.Intervention("vector", positions="all"))
@@ -122,7 +122,8 @@ class Run:
         set_seed(seed)
         reft = vlreft.attach(setup.model, self._config(setup))
         try:
-            trainer = TaskTrainer(self.source, setup, self._arguments(folder, lr, seed), train, dev, folder / "answers")
+            args = self._arguments(folder, lr, seed)
+            trainer = TaskTrainer(Job(self.source, setup, args, folder / "answers", train, dev))
             start, cpu_start = time.perf_counter(), time.process_time()
             trainer.train(resume_from_checkpoint=_whole_checkpoint(folder / "checkpoints"))
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -197,7 +198,7 @@ class Run:
         for number, adapter in enumerate(adapters or [None]):
             reft = vlreft.attach(setup.model, IDLE) if adapter is None else vlreft.load(setup.model, adapter)
             try:
-                trainer = TaskTrainer(self.task, setup, self._test_arguments(), None, None, folder)
+                trainer = TaskTrainer(Job(self.task, setup, self._test_arguments(), folder))
                 if number == 0:
                     scores["base"] = self._scored(trainer, rows, folder / "base.jsonl", base=True)
                 if adapter is not None:

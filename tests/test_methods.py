@@ -29,7 +29,7 @@ from tasks.methods.weights import given_back
 from tasks.setups import ClassesSetup, GenerateSetup, Options, SequenceSetup
 from tasks.table import TASKS
 from tasks.task import column
-from tasks.training import PlainTrainer, TaskTrainer, step_in_float32
+from tasks.training import Job, PlainTrainer, TaskTrainer, step_in_float32
 from vlreft.models.sites import find_sites
 
 # peft 0.21 calls two names that transformers 5.24 renamed.
@@ -200,8 +200,8 @@ def trainer_of(method, name, adapted, folder):
     )  # fmt: skip
     rows = rows_of(name)
     if isinstance(METHODS[method], ReftMethod):
-        return TaskTrainer(setup.task, setup, args, rows, rows, folder)
-    return PlainTrainer(setup.task, setup, args, rows, rows, folder, model=adapted.model)
+        return TaskTrainer(Job(setup.task, setup, args, folder, rows, rows))
+    return PlainTrainer(Job(setup.task, setup, args, folder, rows, rows), model=adapted.model)
 
 
 @pairs

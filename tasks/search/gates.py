@@ -17,15 +17,14 @@ from typing import Any, cast
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import vlreft
 from tasks.methods.method import Adapted, Choice, Space, rates
 from tasks.methods.reft import ReftMethod, slots_of
 from tasks.search.trial import Fidelity, Result, Watch, Workbench
 from tasks.setups import Setup
-from tasks.task import Task
-from tasks.training import Scoring, TaskTrainer
+from tasks.training import Job, Scoring, TaskTrainer
 from vlreft.edit import Edit
 from vlreft.models.sites import find_sites
 from vlreft.positions import parse_positions
@@ -269,22 +268,10 @@ class GatedTrainer(TaskTrainer):
     Raises ValueError for several processes, between which gradients of gates would not be averaged.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        setup: Setup,
-        args: TrainingArguments,
-        train: datasets.Dataset | None,
-        dev: datasets.Dataset | None,
-        folder: Path,
-        callbacks: list[TrainerCallback],
-        keep_prefixes: vlreft.KeptPrefixes | None = None,
-        *,
-        gates: Gates,
-    ) -> None:
-        if args.world_size > 1:
-            raise ValueError(f"gates are trained in one process, there are {args.world_size}")
-        super().__init__(task, setup, args, train, dev, folder, [*callbacks, Pricing(gates)], keep_prefixes)
+    def __init__(self, job: Job, *, keep_prefixes: vlreft.KeptPrefixes | None, gates: Gates) -> None:
+        if job.args.world_size > 1:
+            raise ValueError(f"gates are trained in one process, there are {job.args.world_size}")
+        super().__init__(replace(job, callbacks=[*job.callbacks, Pricing(gates)]), keep_prefixes=keep_prefixes)
         self.gates = gates
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -358,11 +345,9 @@ class GatedBench(Workbench):
         # The gates go on to move at the same rate while the price rises.
         arguments = {**self._arguments(choice, fidelity, seed, folder), "lr_scheduler_type": "constant_with_warmup"}
         args, dev = TrainingArguments(**arguments), self.dev_rows(fidelity.num_dev)
-        made = GatedTrainer(
-            self.task, self.setup, args, self.train, dev, folder, [watch], self.prefixes, gates=self.gates
-        )
-        made.remove_callback(PrinterCallback)
-        made.remove_callback(ProgressCallback)
+        job = Job(self.task, self.setup, args, folder, self.train, dev, [watch])
+        made = GatedTrainer(job, keep_prefixes=self.prefixes, gates=self.gates)
+        made.silence()
         return made
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import GenerationMixin, TrainingArguments, set_seed
 
 import vlreft
 from tasks.search.gates import Place, Placement, check_affordable, config_at, places_of, strongest
 from tasks.search.trial import Workbench
-from tasks.training import TaskTrainer
+from tasks.training import Job, TaskTrainer
 from vlreft.acting import evaluating
 from vlreft.layout import prompt_from_labels
 
@@ -82,9 +82,8 @@ def _trainer(bench: Workbench, folder: Path, seed: int) -> SaliencyTrainer:
     quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
     sizes = {"per_device_train_batch_size": bench.batch_size, **bench.settings}
     args = TrainingArguments(str(folder), use_cpu=bench.device == "cpu", seed=seed, **{**quiet, **sizes})
-    trainer = SaliencyTrainer(bench.task, bench.setup, args, bench.train, None, folder)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    trainer = SaliencyTrainer(Job(bench.task, bench.setup, args, folder, bench.train))
+    trainer.silence()
     return trainer
 
 

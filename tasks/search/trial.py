@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import vlreft
 from tasks.methods.method import Adapted, Choice, Method
@@ -22,7 +22,7 @@ from tasks.methods.reft import ReftMethod
 from tasks.search.budget import Meter
 from tasks.setups import Setup
 from tasks.task import Task
-from tasks.training import PlainTrainer, Scoring, TaskTrainer
+from tasks.training import Job, PlainTrainer, Scoring, TaskTrainer
 
 CACHES = "4GB"  # of features, and of prefixes, each
 PEAK = Path("/proc/self/clear_refs")
@@ -182,7 +182,7 @@ class Workbench:
             report_to="none",
             disable_tqdm=True,
         )
-        return _trainer(method, adapted, task, setup, args, None, None, folder, [], None)
+        return _trainer(method, adapted, Job(task, setup, args, folder), None)
 
     def _training(
         self,
@@ -196,7 +196,8 @@ class Workbench:
     ) -> Scoring:
         args = TrainingArguments(**self._arguments(choice, fidelity, seed, folder))
         dev = self.dev_rows(fidelity.num_dev)
-        return _trainer(method, adapted, self.task, self.setup, args, self.train, dev, folder, [watch], self.prefixes)
+        job = Job(self.task, self.setup, args, folder, self.train, dev, [watch])
+        return _trainer(method, adapted, job, self.prefixes)
 
     def _arguments(self, choice: Choice, fidelity: Fidelity, seed: int, folder: Path) -> dict[str, Any]:
         return {
@@ -219,25 +220,13 @@ class Workbench:
         }
 
 
-def _trainer(
-    method: Method,
-    adapted: Adapted,
-    task: Task,
-    setup: Setup,
-    args: TrainingArguments,
-    train: datasets.Dataset | None,
-    dev: datasets.Dataset | None,
-    folder: Path,
-    callbacks: list[TrainerCallback],
-    prefixes: vlreft.KeptPrefixes | None,
-) -> Scoring:
+def _trainer(method: Method, adapted: Adapted, job: Job, prefixes: vlreft.KeptPrefixes | None) -> Scoring:
     made: Scoring
     if isinstance(method, ReftMethod):
-        made = TaskTrainer(task, setup, args, train, dev, folder, callbacks, keep_prefixes=prefixes)
+        made = TaskTrainer(job, keep_prefixes=prefixes)
     else:
-        made = PlainTrainer(task, setup, args, train, dev, folder, callbacks, model=adapted.model)
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
+        made = PlainTrainer(job, model=adapted.model)
+    made.silence()
     return made
 
 

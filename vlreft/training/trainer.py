@@ -375,8 +375,9 @@ class ReftTrainer(ReftMixin, Trainer):
         """Return what runs a picture once for the rows that follow one another; None where rows run one by one."""
         model = self.reft.model
         # The processes of a sharded model call it equally often. Sources are prompts of their own.
-        is_plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and isinstance(model, PreTrainedModel)
-        if not self.group_by_image or not is_plain or not isinstance(collator, Collator):
+        if not self.group_by_image or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        if not isinstance(model, PreTrainedModel) or not isinstance(collator, Collator):
             return None
         return Questions(model, collator, required=False)
 

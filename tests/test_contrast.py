@@ -411,6 +411,7 @@ def test_other_outputs_are_refused(outputs):
         contrastive_loss(outputs)
 
 
+@pytest.mark.slow
 def test_open_clip_comes_when_it_is_needed():
     code = "import sys, vlreft.data.contrast; print('open_clip' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

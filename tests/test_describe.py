@@ -312,6 +312,7 @@ def test_the_command_describes_a_folder(tmp_path):
     assert [line.rstrip() for line in done.stdout.splitlines()] == expected.splitlines()
 
 
+@pytest.mark.slow
 def test_the_command_fails_with_a_sentence(tmp_path):
     folder = write(tmp_path, {"model_type": "shiny"})
     done = command(folder)

@@ -590,7 +590,9 @@ def told_of_a_death(trainer):
     return text
 
 
-@pytest.mark.parametrize("end", WORKER_ENDS)
+@pytest.mark.parametrize(
+    "end", [end if end == "is killed" else pytest.param(end, marks=pytest.mark.slow) for end in WORKER_ENDS]
+)
 def test_a_worker_that_dies_names_the_sample(end, tmp_path):
     data = Rows(WORKER_ENDS[end])
     told = told_of_a_death(trainer_in(tmp_path, parts={"train_dataset": data}, dataloader_num_workers=2))
@@ -680,6 +682,7 @@ def test_ignored_signals_stay_ignored(tmp_path):
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_training_in_a_thread_catches_no_signals(tmp_path):
     """In a process of its own: after a worker's death, told out of a signal's handler, imports may stay locked."""
     found = worker("thread", tmp_path)

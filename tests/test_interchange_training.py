@@ -259,7 +259,8 @@ def toy_accuracy(model, reft, batch):
     return float((said_B == batch["labels"][:, 1]).float().mean())
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_learned_width_is_the_true_one(seed, tmp_path):
     model = toy()
     collate, train, test = toy_batches(model)

@@ -320,6 +320,7 @@ def compared(capsys, *folders):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_are_compared_on_what_they_answered(tmp_path, capsys):
     options = make("demo_code", tmp_path)
     for name, rate in (("good", "3e-2"), ("poor", "1e-6")):
@@ -336,6 +337,7 @@ def score_of(folder):
     return json.loads((folder / "manifest.json").read_text())["test"]["scores"]["test"]["adapters"][0]["value"]
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     options = make("demo_code", tmp_path)
     start("demo_code", options, tmp_path / "a")

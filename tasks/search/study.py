@@ -90,7 +90,7 @@ class Stage:
         if not space or any(getattr(one, "choices", None) == () for one in space.values()):
             raise ValueError(f"the search space of {name!r} is empty: there is nothing to choose from")
         self.name, self.space, self.storage, self.plain = name, dict(space), storage, plain
-        self._plain: dict[int, Mapping[str, Any]] = {}
+        self._known: dict[int, Mapping[str, Any]] = {}
         self._ghosts: set[int] = set()
         # ASHA: at each rung the best half go on.
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
@@ -164,9 +164,9 @@ class Stage:
 
     def _plainly(self, trial: FrozenTrial) -> Mapping[str, Any]:
         """Return what a trial was asked for, once it is known whole, without what makes no difference."""
-        if trial.number not in self._plain:
-            self._plain[trial.number] = self.plain(trial.params)
-        return self._plain[trial.number]
+        if trial.number not in self._known:
+            self._known[trial.number] = self.plain(trial.params)
+        return self._known[trial.number]
 
     def reporter(self, trial: optuna.Trial) -> Callable[[int, float], bool]:
         """Return what takes a rung and its value, and says whether the trial should be given up.

@@ -93,7 +93,10 @@ ARROWS = {
         *("running.towers",),
     },
     "reuse.features": {"models.sites", "models.stacks", "reft", "reuse.pieces", "reuse.stores", "running.hooks"},
-    "reuse.prefix": {"layout", "reft", "reuse.cuts", "reuse.kept", "reuse.pieces", "running.streams", "selects"},
+    "reuse.prefix": {
+        *("layout", "reft", "reuse.caches", "reuse.cuts", "reuse.kept", "reuse.pieces", "running.endings"),
+        *("running.streams", "selects"),
+    },
     "several": {"reft"},
     "training.sharding": {"reft", "running.beside"},
     "training.twins": {"reft"},
@@ -113,8 +116,8 @@ ARROWS = {
     "describe": {"models.description"},
     "drawing.plots": {"drawing.glyphs", "drawing.maps", "drawing.sheets", "reft"},
     "reuse.questions": {
-        *("data.collator", "layout", "reft", "reuse.caches", "reuse.prefix", "reuse.rows", "running.hooks"),
-        *("running.streams",),
+        *("data.collator", "layout", "reft", "reuse.caches", "reuse.prefix", "reuse.rows", "running.endings"),
+        *("running.hooks", "running.streams"),
     },
     "saving.adapterhub": {"config", "models.sites", "reft", "saving.checkpoint", "saving.foreign"},
     "saving.pyreft": {"config", "positions", "reft", "saving.checkpoint", "saving.foreign"},

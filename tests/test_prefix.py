@@ -17,6 +17,7 @@ from zoo import FAMILIES, intervention, shake
 import vlreft
 from vlreft.reuse.kept import KeptPrefixes
 from vlreft.reuse.prefix import PrefixReuse
+from vlreft.running.streams import cache_name
 
 TOLERANCE = 1e-6  # relative; transformers takes the loss in float32 whatever the model's precision
 POSITIONS = ("question:l2", "prompt:l3", "response", "question:f1+l2")
@@ -121,15 +122,34 @@ def test_checkpointing_and_late_images_take_the_plain_step(attached):
     model.activation_checkpointing_disable()
 
 
+def forgetful():
+    """A Llama that reads its cache in evaluation only."""
+    model = FAMILIES["llama"].build()
+    name = cache_name(model)
+
+    def forget(module, args, kwargs):
+        return args, {**kwargs, name: None, "position_ids": None} if module.training else kwargs
+
+    model.model.register_forward_pre_hook(forget, with_kwargs=True)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("name", "reason"), [("cohere_compass", "gives no cache back"), ("qwen3_5", "modified by an inplace operation")]
+    ("family", "build", "reason"),
+    [
+        pytest.param(FAMILIES["llama"], forgetful, "run on tokens 0 to 5 while the batch has 7", id="forgetful"),
+        *(
+            pytest.param(row, row.build, "modified by an inplace operation", id=row.name)
+            for row in PACKED
+            if row.name == "qwen3_5"
+        ),
+    ],
 )
-def test_models_that_run_from_a_cache_only_without_training(name, reason, monkeypatch):
+def test_models_that_run_from_a_cache_only_without_training(family, build, reason, monkeypatch):
     """One drops its cache in training, the other writes into states that the backward pass needs."""
-    family = next(row for row in PACKED if row.name == name)
-    model = family.build().train()
+    model = build().train()
     reft = shake(vlreft.attach(model, vlreft.ReftConfig(intervention("loreft", positions="question:l2"))))
-    batch = family.batch([SAMPLES[0]])
+    batch = family.batch([SAMPLES[0] if family.has_image else SAMPLES[1]])
     with pytest.raises(ValueError, match=reason), PrefixReuse(reft, required=True).cut(batch):
         pass
     plain = gradients(reft, model(**batch).loss)
@@ -237,6 +257,83 @@ def test_a_batch_that_says_too_little_takes_the_plain_step(attached, without):
         assert rest == batch
     with pytest.raises(ValueError, match="a batch must have"), PrefixReuse(reft, required=True).cut(batch):
         pass
+
+
+# What is lost anyway --------------------------------------------------------------------------------------------------
+
+
+def steps_of(model, reft, batch, num=2):
+    """Take steps behind a reused prefix; return how often the last block's MLP ran, the logits' shape and gradients."""
+    runs, mlp = [], FAMILIES["llama"].blocks(model, "text")[-1].mlp
+    handle = mlp.register_forward_hook(lambda *_: runs.append(0))
+    reuse = PrefixReuse(reft, required=True)
+    model.train()
+    with reuse.cut(batch):  # the first one tries
+        pass
+    try:
+        for _ in range(num):
+            runs.clear()
+            with reuse.cut(batch) as rest:
+                output = model(**rest)
+            found = gradients(reft, output.loss)
+    finally:
+        handle.remove()
+        model.zero_grad(set_to_none=True)
+    return len(runs), tuple(output.logits.shape[:2]), found
+
+
+LONG = {
+    "input_ids": torch.randint(3, 30, (2, 60), generator=torch.Generator().manual_seed(0)),
+    "attention_mask": torch.ones(2, 60, dtype=torch.long),
+}
+LONG["labels"] = LONG["input_ids"].clone()
+LONG["labels"][:, :-4] = -100
+
+
+@pytest.mark.parametrize("where", ["output", "mlp"])
+@pytest.mark.parametrize("must", ["", "run to the end", "count logits"])
+def test_a_prefix_ends_with_its_last_keys_and_only_labels_have_logits(attached, where, must):
+    model, reft = attached("llama", intervention("loreft", positions="prompt:l7", layers="all", component=where))
+    plain = gradients(reft, model.train()(**LONG).loss)
+    if must == "run to the end":  # such a hook would not give the block's weights back
+        model.model.layers[1].__dict__["_hf_hook"] = None
+    handle = model.register_forward_pre_hook(count_logits, with_kwargs=True) if must == "count logits" else None
+    try:
+        num_runs, shape, found = steps_of(model, reft, LONG)
+    finally:
+        model.model.layers[1].__dict__.pop("_hf_hook", None)
+        if handle is not None:
+            handle.remove()
+    assert num_runs == (2 if must else 1)
+    assert shape == (2, 11 if must == "count logits" else 5)
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def count_logits(_module, args, kwargs):
+    """Refuse columns where a model wants a number of logits."""
+    if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+        raise TypeError("`logits_to_keep` must be a number")
+    return args, kwargs
+
+
+def test_a_loss_that_reads_the_prefix_too_takes_the_plain_step(attached):
+    """As a router's, which is a mean over all tokens."""
+    model, reft = attached("llama", intervention("loreft", positions="prompt:l7"))
+    model.train()
+
+    def add_a_mean(_module, _args, kwargs, output):
+        if output.loss is not None:
+            output.loss = output.loss + model.get_input_embeddings()(kwargs["input_ids"]).square().mean()
+
+    handle = model.register_forward_hook(add_a_mean, with_kwargs=True)
+    try:
+        with pytest.raises(ValueError, match="another loss"), PrefixReuse(reft, required=True).cut(LONG):
+            pass
+    finally:
+        handle.remove()
+    with PrefixReuse(reft, required=True).cut(LONG) as rest:
+        assert rest["input_ids"].shape[1] == 11
 
 
 def saved_bytes(run):

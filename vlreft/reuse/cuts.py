@@ -7,8 +7,9 @@ and what is behind them on the right; every token keeps its position.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,15 +27,17 @@ BEHIND = ("labels", "prompt_mask")
 class Cut:
     """Where a batch is cut, in its columns.
 
-    starts_B: each row's first token; stops_B: one behind its prefix; ends_B: one behind its last token. num_between:
-    tokens behind each prefix that need no graph either. keys_B: what each prefix is known by, where rows may share;
-    media_B: the arguments of each row's pictures then. is_moved: whether the batch has to be laid anew.
+    starts_B: each row's first token; stops_B: one behind its prefix; ends_B: one behind its last token; predicts_B: the
+    first one from which a label is predicted. num_between: tokens behind each prefix that need no graph either. keys_B:
+    what each prefix is known by, where rows may share; media_B: the arguments of each row's pictures then. is_moved:
+    whether the batch has to be laid anew.
     """
 
     names: frozenset[str]
     starts_B: list[int]
     stops_B: list[int]
     ends_B: list[int]
+    predicts_B: list[int]
     num_between: int = 0
     keys_B: list[str] | None = None
     media_B: list[list[dict[str, Any]]] | None = None
@@ -49,6 +52,12 @@ class Cut:
     def width(self) -> int:
         """Columns of the prefix."""
         return max(self.num_tokens) if self.is_moved else self.stops_B[0]
+
+    @property
+    def num_silent(self) -> int:
+        """Tokens behind the prefix, and behind those between, from which no row predicts a label."""
+        nums = [predicts - stop for predicts, stop in zip(self.predicts_B, self.stops_B, strict=True)]
+        return max(0, min(nums) - self.num_between)
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -118,15 +127,20 @@ def laid_anew(inputs: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     return laid
 
 
-def with_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the position ids of models that count images in two dimensions (M-RoPE) from the whole sequence.
+def rope_index_of(model: nn.Module) -> Callable[..., Any] | None:
+    """Return what counts positions in models where images have two dimensions (M-RoPE), None for the others.
 
     Twenty families define `get_rope_index` for it, with no type in common.
     """
-    if "position_ids" in inputs:
-        return inputs
     for module in model.modules():
         if (rope_index := getattr(type(module), "get_rope_index", None)) is not None:
-            known = {name: inputs[name] for name in inspect.signature(rope_index).parameters if name in inputs}
-            return {**inputs, "position_ids": rope_index(module, **known)[0]}
-    return inputs
+            return partial(rope_index, module)
+    return None
+
+
+def with_positions(rope_index: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the position ids that `rope_index` takes from the whole sequence."""
+    if "position_ids" in inputs:
+        return inputs
+    known = {name: inputs[name] for name in inspect.signature(rope_index).parameters if name in inputs}
+    return {**inputs, "position_ids": rope_index(**known)[0]}

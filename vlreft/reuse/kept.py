@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ def written(num_bytes: int) -> str:
 # A model's cache -----------------------------------------------------------------------------------------------------
 
 
-def is_plain(cache: Cache | None) -> bool:
+def is_plain(cache: Cache | None) -> TypeGuard[Cache]:
     """Whether a cache holds keys and values of each token and nothing else."""
     return cache is not None and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 

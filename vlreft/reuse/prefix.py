@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlreft.layout import TokenLayout
 from vlreft.reft import Reft
+from vlreft.reuse.caches import empty_cache
 from vlreft.reuse.cuts import (
     ALONG_THE_TOKENS,
     BEHIND,
@@ -40,6 +40,7 @@ from vlreft.reuse.cuts import (
     columns_of,
     laid_anew,
     media_in,
+    rope_index_of,
     some_rows,
     strange_inputs,
     with_positions,
@@ -57,6 +58,7 @@ from vlreft.reuse.kept import (
     shell_of,
 )
 from vlreft.reuse.pieces import content_key, is_close
+from vlreft.running.endings import ending_when_full
 from vlreft.running.streams import cache_in, cache_name
 from vlreft.selects import All, First, Slice, Uniform
 
@@ -85,8 +87,14 @@ class PrefixReuse:
         self.tried: set[tuple[object, ...]] = set()
         self._said: set[str] = set()
         self.num_run = 0  # prefixes that were run so far
-        self._can_move = "position_ids" in _forward_names(reft.model)
+        # Found once: looking through all modules takes as long as some steps do.
+        self._names = frozenset(inspect.signature(type(reft.model).forward).parameters)
+        self._cache_name = cache_name(reft.model)
+        self._rope_index = rope_index_of(reft.model)
+        self._blocks = [layer for layer in reft.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        self._can_move = "position_ids" in self._names
         self._can_share = True
+        self._can_spare = True  # what is lost anyway: the end of a prefix's run, logits from which nothing is predicted
         self._shell: Cache | None = None
         self._own = {id(parameter) for parameter in reft.parameters()}
         self._refuse(_forbidden_by(reft))
@@ -115,10 +123,10 @@ class PrefixReuse:
             yield rest
 
     def _with_positions(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self.refusal:
+        if self.refusal or self._rope_index is None:
             return inputs
         try:
-            return with_positions(self.reft.model, inputs)
+            return with_positions(self._rope_index, inputs)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             self._refuse(f"{type(self.reft.model).__name__} does not say where its tokens stand ({error})")
             return inputs
@@ -129,14 +137,14 @@ class PrefixReuse:
         """Return where to cut a batch: before every edit and every prediction, behind all images; None if nowhere."""
         if self.refusal:
             return None
-        if _is_checkpointing(self.reft.model):
+        if any(block.gradient_checkpointing for block in self._blocks):
             self._refuse("gradient checkpointing switches the cache off")
         if not NEEDED <= inputs.keys() or inputs["labels"].shape != inputs["input_ids"].shape:
             self._refuse(f"a batch must have {', '.join(sorted(NEEDED))}, one label for each token")
         if self.refusal:
             return None
-        starts_B, ends_B, firsts_B, images_B, num_images_B, has_gaps = self._columns(inputs)
-        plain = Cut(frozenset(inputs), starts_B, firsts_B, ends_B)
+        starts_B, ends_B, firsts_B, predicts_B, images_B, num_images_B, has_gaps = self._columns(inputs)
+        plain = Cut(frozenset(inputs), starts_B, firsts_B, ends_B, predicts_B)
         can_lay = not has_gaps and not strange_inputs(inputs)
         why = f"an image stands behind column {min(firsts_B)}"
         cut = None
@@ -155,13 +163,15 @@ class PrefixReuse:
             raise ValueError(f"`reuse_prefix=True` is not possible for this batch: {why}; use 'auto'")
         return cut if cut is not None and cut.width >= (1 if self.required else WORTHWHILE) else None
 
-    def _columns(self, inputs: Mapping[str, Any]) -> tuple[list[int], list[int], list[int], list[int], list[int], bool]:
-        """Return of each row: its first token, one behind its last one, the first that needs a graph, one behind its
-        last image token (0 without), and the number of these; and whether there are pads inside of a row.
+    def _columns(self, inputs: Mapping[str, Any]) -> tuple[*tuple[list[int], ...], bool]:
+        """Return of each row: its first token, one behind its last one, the first that needs a graph, the first that
+        predicts a label (the last one without), one behind its last image token (0 without), and the number of these;
+        and whether there are pads inside of a row.
         """
         layout, labels_BL = self._layout(inputs), inputs["labels"]
         real_BL = inputs["attention_mask"] != 0
-        needed_BL = self.reft.runtime.edited(layout) | F.pad(labels_BL[:, 1:] != -100, (0, 1))
+        predicts_BL = F.pad(labels_BL[:, 1:] != -100, (0, 1))
+        needed_BL = self.reft.runtime.edited(layout) | predicts_BL
         image_BL = layout.segments.get("image", torch.zeros_like(real_BL))
         num_columns = real_BL.shape[1]
         lasts_2B = num_columns - torch.stack([real_BL, image_BL]).flip(2).to(torch.uint8).argmax(2)
@@ -169,14 +179,15 @@ class PrefixReuse:
             real_BL.to(torch.uint8).argmax(1),
             lasts_2B[0],
             torch.where(needed_BL.any(1), needed_BL.to(torch.uint8).argmax(1), num_columns),
+            torch.where(predicts_BL.any(1), predicts_BL.to(torch.uint8).argmax(1), lasts_2B[0] - 1),
             torch.where(image_BL.any(1), lasts_2B[1], 0),
             image_BL.sum(1),
             real_BL.sum(1),
         ]
-        starts_B, ends_B, firsts_B, images_B, num_images_B, nums_B = torch.stack(found).tolist()
+        starts_B, ends_B, firsts_B, predicts_B, images_B, num_images_B, nums_B = torch.stack(found).tolist()
         firsts_B = [min(first, end) for first, end in zip(firsts_B, ends_B, strict=True)]
         has_gaps = any(end - start != num for start, end, num in zip(starts_B, ends_B, nums_B, strict=True))
-        return starts_B, ends_B, firsts_B, images_B, num_images_B, has_gaps
+        return starts_B, ends_B, firsts_B, predicts_B, images_B, num_images_B, has_gaps
 
     def _shared(
         self, inputs: Mapping[str, Any], plain: Cut, images_B: Sequence[int], num_images_B: Sequence[int]
@@ -197,10 +208,10 @@ class PrefixReuse:
     def _keys(self, inputs: Mapping[str, Any], cut: Cut) -> list[str]:
         """Return a hash of all that each row's prefix depends on."""
         assert cut.media_B is not None
-        base: list[tuple[int, int]] = []
+        base = ""
         if self.kept is not None:
             others = (parameter for parameter in self.reft.model.parameters() if id(parameter) not in self._own)
-            base = [(other.data_ptr(), 0 if other.is_inference() else other._version) for other in others]
+            base = repr([(other.data_ptr(), 0 if other.is_inference() else other._version) for other in others])
         device = inputs["input_ids"].device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         common = content_key(base, device, precision)
@@ -224,9 +235,14 @@ class PrefixReuse:
         if cut.num_between:
             between = columns_of(inputs, width, width + cut.num_between)
             between["attention_mask"] = inputs["attention_mask"][:, : width + cut.num_between]
-            cache, width = self._run({**between, cache_name(self.reft.model): cache}), width + cut.num_between
+            cache, width = self._run({**between, self._cache_name: cache}), width + cut.num_between
         rest = {name: inputs[name][..., width:] for name in ALONG_THE_TOKENS if name in inputs}
-        rest |= {"attention_mask": inputs["attention_mask"], cache_name(self.reft.model): cache, "use_cache": True}
+        rest |= {"attention_mask": inputs["attention_mask"], self._cache_name: cache, "use_cache": True}
+        if self._can_spare and "logits_to_keep" in self._names:
+            num_tokens = rest["labels"].shape[1]
+            rest["labels"] = rest["labels"][:, cut.num_silent :]
+            # As numbers of columns: of a slice, a head without a gradient is multiplied row by row, three times slower.
+            rest["logits_to_keep"] = torch.arange(cut.num_silent, num_tokens, device=rest["labels"].device)
         with self.reft.runtime.scope(layout):
             yield rest
 
@@ -264,10 +280,17 @@ class PrefixReuse:
 
     def _run(self, inputs: dict[str, Any]) -> Cache:
         """Run some columns of a batch that nothing edits; return the cache."""
-        if "logits_to_keep" in _forward_names(self.reft.model):
+        model, name = self.reft.model, self._cache_name
+        if "logits_to_keep" in self._names:
             inputs["logits_to_keep"] = 1
+        assert isinstance(model, PreTrainedModel)
+        own: Cache = inputs[name] if name in inputs else empty_cache(model)
         with torch.no_grad(), self.reft.runtime.muted():
-            cache = cache_in(self.reft.model(**inputs, use_cache=True).values())
+            if self._can_spare and is_plain(own):
+                with ending_when_full(model, own):
+                    model(**{**inputs, name: own}, use_cache=True)
+                return own
+            cache = cache_in(model(**inputs, use_cache=True).values())
         if cache is None:
             raise ValueError("it gives no cache back")
         return cache
@@ -288,9 +311,9 @@ class PrefixReuse:
         was_training = model.training
         model.eval()
         try:
-            whole_BLV = model(**inputs).logits
+            whole = model(**inputs)
             with self._behind(placed, cut) as rest:
-                behind_BTV = model(**rest).logits
+                behind, num_rest = model(**rest), rest["labels"].shape[1]
             if cut.keys_B is not None and (reason := self._changes(placed, cut, was_training)):
                 return reason
             model.train(was_training)
@@ -302,7 +325,9 @@ class PrefixReuse:
         finally:
             model.train(was_training)
         from_BS, is_real_BS = cut.sources()
-        num_rest = behind_BTV.shape[1]
+        whole_BLV, behind_BTV = whole.logits, behind.logits
+        if behind_BTV.shape[1] != num_rest:
+            return f"{type(model).__name__} gives {behind_BTV.shape[1]} logits where {num_rest} are asked for"
         if not cut.is_moved:
             from_BS = torch.arange(inputs["input_ids"].shape[1]).expand(inputs["input_ids"].shape)
             is_real_BS = inputs["attention_mask"] != 0
@@ -312,6 +337,10 @@ class PrefixReuse:
         error = float((whole_BTV - behind_BTV).abs().max() / whole_BTV.abs().max())
         if not error <= TOLERANCE[whole_BTV.dtype]:
             return f"{type(model).__name__} gives other logits from a cache (relative difference {error:.1e})"
+        if not torch.isclose(behind.loss, whole.loss, rtol=TOLERANCE[whole_BTV.dtype], equal_nan=True):
+            return (
+                f"{type(model).__name__} has another loss without its prefix ({behind.loss:.6g}, not {whole.loss:.6g})"
+            )
         num_tokens = sum(end - start for start, end in zip(cut.starts_B, cut.ends_B, strict=True))
         num_prefix = sum(cut.num_tokens) + cut.num_between * len(cut.starts_B)
         logger.info("reusing the prefix: %d of %d tokens run without a graph", num_prefix, num_tokens)
@@ -330,17 +359,20 @@ class PrefixReuse:
     def _go_back(self, inputs: Mapping[str, Any], cut: Cut) -> None:
         """Run the parts as a training step does, and backwards if the cache holds other things than keys and values.
 
-        Raises ValueError where a model gives no cache in training, and RuntimeError where it writes into what the
-        backward pass needs.
+        Raises ValueError where a model gives no cache in training or reads none, and RuntimeError where it writes into
+        what the backward pass needs.
         """
         with torch.enable_grad(), self._behind(inputs, cut) as rest:
+            logits_BTV = self.reft.model(**rest).logits
             if not is_plain(cache_in(rest.values())):
-                loss = self.reft.model(**rest).logits.float().sum()
-                torch.autograd.grad(loss, list(self.reft.parameters()), allow_unused=True)
+                torch.autograd.grad(logits_BTV.float().sum(), list(self.reft.parameters()), allow_unused=True)
 
     def _give_up(self, cut: Cut, reason: str) -> None:
-        """Take back what was tried and did not work: sharing, then moving, then the reuse itself."""
-        if cut.keys_B is not None:
+        """Take back what was tried and did not work: what is spared, sharing, moving, then the reuse itself."""
+        if self._can_spare:
+            self._can_spare = False
+            logger.info("prefixes run to their end, with logits for all tokens behind: %s", reason)
+        elif cut.keys_B is not None:
             if self.kept is not None:
                 self.kept.drop()
                 self._refuse(reason)
@@ -365,16 +397,6 @@ class PrefixReuse:
         if reason and not self.refusal:
             logger.info("the prefix is not reused: %s", reason)
             self.refusal = reason
-
-
-def _is_checkpointing(model: nn.Module) -> bool:
-    return any(
-        layer.gradient_checkpointing for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)
-    )
-
-
-def _forward_names(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(type(model).forward).parameters)
 
 
 def _forbidden_by(reft: Reft) -> str:

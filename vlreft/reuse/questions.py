@@ -29,6 +29,7 @@ from vlreft.reft import CHILD_NAME, Adapters
 from vlreft.reuse.caches import Layers, clone_row, empty_cache, filled, layers_of, moved, stack, windows_of
 from vlreft.reuse.prefix import TOLERANCE, WORTHWHILE
 from vlreft.reuse.rows import Rows, Side, digest_of, to_device
+from vlreft.running.endings import ending_when_full
 from vlreft.running.hooks import Runtime
 from vlreft.running.streams import cache_name
 
@@ -238,10 +239,11 @@ class SharedPrefixes:
         return [kv and moved(kv, too_far_B) for kv in layers_of(cache)]
 
     def _forward(self, cache: Cache, **inputs: Any) -> None:
-        """Run the model to fill a cache."""
+        """Run the model until a cache is full."""
         if "logits_to_keep" in inspect.signature(self._class.forward).parameters:
             inputs["logits_to_keep"] = 1
-        self.model(**inputs, **{cache_name(self.model): cache}, use_cache=True)
+        with ending_when_full(self.model, cache):
+            self.model(**inputs, **{cache_name(self.model): cache}, use_cache=True)
 
     def _trials(self, batch: Rows) -> dict[tuple[tuple[str, ...], bool], int]:
         """Return the kinds of rows that were not tried yet, with and without pads before them, and a row of each."""

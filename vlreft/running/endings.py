@@ -1,11 +1,12 @@
-"""Ends a forward that is run for the states of some blocks alone, behind the last of these."""
+"""Ends a forward that is run for some states alone, where the last of these is there."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache
 
 
 class _Enough(Exception):  # noqa: N818 - nothing is wrong
@@ -29,6 +30,34 @@ def ending_behind(model: nn.Module, blocks: tuple[nn.Module, ...], layers: Itera
             yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def ending_when_full(model: nn.Module, cache: Cache) -> Iterator[None]:
+    """End a forward inside once each layer of its cache has its keys and values: all that follows is lost anyway.
+
+    It runs to its end where a layer gets none, where the cache does not say how many layers there are, and where
+    `ending_behind` lets it.
+    """
+    missing = set(range(len(cache.layers)))
+    if not missing or _is_handed_on(model):
+        yield
+        return
+    own = cache.update
+
+    def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        states = own(keys, values, layer_idx, *args, **kwargs)
+        missing.discard(layer_idx)
+        if not missing:
+            raise _Enough
+        return states
+
+    cache.__dict__["update"] = update
+    try:
+        with suppress(_Enough):
+            yield
+    finally:
+        del cache.__dict__["update"]
 
 
 def _end(*_: Any) -> None:

@@ -359,7 +359,8 @@ class Runtime:
         """
         for stream in self.streams.values():
             stream.close()
-        if output is None:
+        if output is None:  # it did not come to its end
+            self._watch.waiting.clear()
             return None
         self._watch.refuse_what_never_ran()
         if not (module.training and torch.is_grad_enabled()) or self.is_muted:

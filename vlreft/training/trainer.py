@@ -54,6 +54,8 @@ class ReftMixin(SafeTraining, Sharding):
     keep_prefixes: int | str | KeptPrefixes | None = None
     keep_prefixes_in: str | Path | None = None
     group_by_image: bool = False
+    _wrapped: Any = None
+    _inner: Any = None
     _reuse: PrefixReuse | None = None
     _kept: KeptPrefixes | None = None
 
@@ -64,7 +66,10 @@ class ReftMixin(SafeTraining, Sharding):
 
     def _unwrapped(self) -> nn.Module:
         """Return the model as it was given, perhaps a `PeftModel`, without what accelerate has put around it."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._wrapped is not self.model:  # unwrapping looks through all modules, and a step asks more than once
+            self._wrapped = self.model
+            self._inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return self._inner
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the trainer's own optimizer. Raises ValueError if it would train what no checkpoint holds."""
@@ -124,6 +129,8 @@ class ReftMixin(SafeTraining, Sharding):
             yield {name: value for name, value in inputs.items() if name != "sources"}
 
     def _prefix_reuse(self) -> PrefixReuse | None:
+        if self._reuse is not None:
+            return self._reuse
         # A sharded model hangs unless all ranks call it equally often; a compiled one is compiled anew for each length.
         # A connector that is trained has its gradient from the prefix.
         trains_modules = bool(self.reft.config.modules_to_save) or _trains_peft(self.reft)
@@ -141,8 +148,7 @@ class ReftMixin(SafeTraining, Sharding):
             )
         if forbidden or self.reuse_prefix is False:
             return None
-        if self._reuse is None:
-            self._reuse = PrefixReuse(self.reft, required=self.reuse_prefix is True, kept=kept)
+        self._reuse = PrefixReuse(self.reft, required=self.reuse_prefix is True, kept=kept)
         return self._reuse
 
     def _kept_prefixes(self) -> KeptPrefixes | None:

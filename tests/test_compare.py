@@ -13,6 +13,8 @@ import pytest
 
 from tasks.compare.__main__ import main
 from tasks.compare.comparison import possible
+from tasks.compare.overview import main as show
+from tasks.compare.overview import overview
 from tasks.methods.table import METHODS
 from tasks.protocol import Settings
 from tasks.search.budget import Budget
@@ -217,3 +219,58 @@ def test_a_killed_comparison_goes_on(tmp_path):
     for key in ("found", "trials", "selection"):
         assert data["methods"]["loreft"][key] == loreft[key]
     assert [line["num_trials"] for line in data["lines"]] == [3, 3, 3]
+
+
+# Several comparisons --------------------------------------------------------------------------------------------------
+
+
+def line(name, test, *, p_value=None, own=None, **costs):
+    numbers = {"num_trained": 1000, "num_bytes": 4000, "step": 10.0, "peak_memory": 100} | costs
+    known = {"name": name, "title": name.upper(), "test": test, "test_sd": 0.01, "p_value": p_value}
+    return known | {"own": own or {}} | numbers
+
+
+ONE = {
+    "task": "one",
+    "base": {"one/test": 0.1, "old/test": 0.9, "old/more": 0.7},
+    "lines": [line("a", 0.8, own={"old": 0.7}), line("b", 0.9, p_value=0.01, own={"old": 0.8}, step=15.0)],
+}
+TWO = {
+    "task": "two",
+    "base": {"two/test": 0.2},
+    "lines": [line("a", 0.6), line("c", 0.5, p_value=0.2, num_trained=3000)],
+}
+
+
+def test_several_comparisons_are_one_table():
+    assert overview([ONE, TWO]).splitlines() == [
+        "| method | one | two |",
+        "| --- | ---: | ---: |",
+        "| base | 0.100 | 0.200 |",
+        "| A | 0.800 ± 0.010 | 0.600 ± 0.010 |",
+        "| B | 0.900 ± 0.010* |  |",
+        "| C |  | 0.500 ± 0.010 |",
+        "",
+        "| method | trained numbers | file, kB | step, of the first's | memory, of the first's | forgotten |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| A | 1,000 | 4 | 1.00 | 1.00 | 0.100 |",
+        "| B | 1,000 | 4 | 1.50 | 1.00 | 0.000 |",
+        "| C | 3,000 | 4 | 1.00 | 1.00 |  |",
+    ]
+    with pytest.raises(ValueError, match="one comparison of each task"):
+        overview([ONE, ONE])
+
+
+def test_an_unfinished_comparison_has_no_place_in_it(tmp_path):
+    with pytest.raises(SystemExit, match="no finished comparison in"):
+        show([str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_comparison_has_what_the_table_takes(compared, capsys):
+    folder, data = compared
+    show([str(folder)])
+    printed = capsys.readouterr().out
+    assert [row.split(" | ")[0] for row in printed.splitlines()[3:6]] == [
+        f"| {line['title']}" for line in data["lines"]
+    ]

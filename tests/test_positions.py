@@ -264,7 +264,10 @@ def test_slots_are_distinct_and_fillers_are_invalid(extra):
             assert (num_slots or max(fullest, 1)) >= num_tokens
             continue
         assert selection.index_BP.shape == (num_rows, max(fullest, 1) if extra is None else num_slots)
-        for mask_T, index_P, valid_P in zip(mask_BT, selection.index_BP, selection.valid_BP, strict=True):
+        is_full = bool((mask_BT.sum(1) == selection.index_BP.shape[1]).all())
+        assert (selection.valid_BP is None) == is_full  # on the CPU, where looking is free
+        valid_BP = torch.ones_like(selection.index_BP, dtype=torch.bool) if is_full else selection.valid_BP
+        for mask_T, index_P, valid_P in zip(mask_BT, selection.index_BP, valid_BP, strict=True):
             assert len(set(index_P.tolist())) == len(index_P)
             assert sorted(index_P[valid_P].tolist()) == mask_T.nonzero().flatten().tolist()
             assert not mask_T[index_P[~valid_P]].any()

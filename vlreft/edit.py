@@ -9,7 +9,7 @@ back in the base's dtype.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,39 @@ def orthonormal_rows(a_RD: Tensor) -> Tensor:
     everything that costs is R x R. The result does not change when `a_RD` is scaled, so weight decay cannot touch it.
     Row i depends on the rows up to i alone.
     """
-    for _ in range(2):
-        gram_RR = a_RD @ a_RD.mT
-        lower_RR = torch.linalg.cholesky_ex(gram_RR).L  # _ex: no device synchronisation for the error code
-        a_RD = torch.linalg.solve_triangular(lower_RR, a_RD, upper=False)
-    return a_RD
+    return _CholeskyQR.apply(a_RD)[0]
+
+
+class _CholeskyQR(torch.autograd.Function):
+    """A = LR, L lower triangular, with the gradient of the LQ decomposition: torch's own goes back through both passes.
+
+    Of R alone it is L^-T (dR - sym(dR R^T) R), where sym mirrors the lower triangle. Source: Seeger et al.,
+    Auto-Differentiating Linear Algebra (arXiv 1710.08717), on LQ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a_RD: Tensor) -> tuple[Tensor, Tensor]:
+        lower_RR, r_RD = _orthogonalised(a_RD)
+        again_RR, r_RD = _orthogonalised(r_RD)
+        lower_RR = lower_RR @ again_RR
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(r_RD, lower_RR)
+        return r_RD, lower_RR
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Tensor | None:
+        (grad_RD, grad_RR), (r_RD, lower_RR) = grad_outputs, ctx.saved_tensors
+        grad_RD = torch.zeros_like(r_RD) if grad_RD is None else grad_RD
+        inner_RR = -grad_RD @ r_RD.mT
+        if grad_RR is not None:  # in a second derivative alone
+            inner_RR = inner_RR + lower_RR.mT @ grad_RR
+        sym_RR = inner_RR.tril() + inner_RR.tril(-1).mT
+        return torch.linalg.solve_triangular(lower_RR.mT, grad_RD + sym_RR @ r_RD, upper=True)
+
+
+def _orthogonalised(a_RD: Tensor) -> tuple[Tensor, Tensor]:
+    lower_RR = torch.linalg.cholesky_ex(a_RD @ a_RD.mT).L  # _ex: no device synchronisation for the error code
+    return lower_RR, torch.linalg.solve_triangular(lower_RR, a_RD, upper=False)
 
 
 class Edit(nn.Module, ABC):
@@ -105,7 +133,10 @@ class Edit(nn.Module, ABC):
             seen_ND = x_ND if source_ND is None else source_ND.to(compute) - x_ND
             gate = None if groups is None or not self.groups else self._gate(groups, x_ND)
             delta_ND = F.dropout(self.delta(seen_ND, gate), self.dropout, self.training)
-            return self.combine(x_ND, self.scale * strength * delta_ND).to(h_ND.dtype)
+            factor = self.scale * strength
+            if isinstance(factor, Tensor) or factor != 1.0:
+                delta_ND = factor * delta_ND
+            return self.combine(x_ND, delta_ND).to(h_ND.dtype)
 
     def _gate(self, groups: Mapping[str, float | Tensor], like: Tensor) -> Tensor:
         """Return the strength of each of the R dimensions, shape (..., R)."""

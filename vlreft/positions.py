@@ -148,9 +148,10 @@ class Selection:
     """The selected positions of one forward.
 
     `mask_BT` says which positions are selected. `index_BP`, if not None, lists them in P slots per row (selected ones
-    first, then unselected fillers, all distinct) with `valid_BP` False at the fillers; None means P = T: edit densely.
-    `copies` says how many rows there are for each row of the prompt: beams, return sequences. Of a forward
-    on a part of the prompt, `earlier_B` counts the prompt's selected tokens before it, `total_B` all of them.
+    first, then unselected fillers, all distinct) with `valid_BP` False at the fillers, None if there are none. Without
+    an index, P = T: edit densely. `copies` says how many rows there are for each row of the prompt: beams, return
+    sequences. Of a forward on a part of the prompt, `earlier_B` counts the prompt's selected tokens before it,
+    `total_B` all of them.
     """
 
     mask_BT: Tensor
@@ -162,9 +163,8 @@ class Selection:
 
     def of(self, rows_N: Tensor) -> "Selection":
         """Return the selection of some rows."""
-        if self.index_BP is None or self.valid_BP is None:
-            return Selection(self.mask_BT[rows_N], None, None)
-        return Selection(self.mask_BT[rows_N], self.index_BP[rows_N], self.valid_BP[rows_N])
+        index_BP, valid_BP = (None if x is None else x[rows_N] for x in (self.index_BP, self.valid_BP))
+        return Selection(self.mask_BT[rows_N], index_BP, valid_BP)
 
 
 def select(mask_BT: Tensor, num_slots: int | None) -> Selection:
@@ -174,10 +174,11 @@ def select(mask_BT: Tensor, num_slots: int | None) -> Selection:
     on the CPU, where looking is free, as many as the fullest row has.
     """
     num_tokens = mask_BT.shape[1]
+    looking_is_free = mask_BT.device.type == "cpu" and not torch.compiler.is_compiling()
     if num_slots is None:
-        looking_is_free = mask_BT.device.type == "cpu" and not torch.compiler.is_compiling()
         num_slots = max(1, int(mask_BT.sum(1).max())) if looking_is_free else num_tokens
     if num_slots >= num_tokens:
         return Selection(mask_BT, None, None)
     index_BP = mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-    return Selection(mask_BT, index_BP, mask_BT.gather(1, index_BP))
+    valid_BP = mask_BT.gather(1, index_BP)
+    return Selection(mask_BT, index_BP, None if looking_is_free and bool(valid_BP.all()) else valid_BP)

@@ -105,6 +105,7 @@ EDITED = ((EDITS, PRODUCTS), (COMPILED_EDITS, PRODUCTS))
 _STEP = "forward and backward through the trainer, no optimizer step"
 _IMAGES = f"{_STEP}, images all different, the tower counted on both sides"
 _SEEN, _ONE_IMAGE = f"{_STEP}, images all different, seen before", f"{_STEP}, five questions about one image"
+_ASKED = "five questions about one picture, greedy"
 _FIRST, _ATTACH = "the first step of a new trainer, a later one", "on a base in memory"
 
 _large = partial(Cell, needs_gpu=True)
@@ -116,6 +117,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("grouped", "llava", _ONE_IMAGE, grouped, AGAINST_GROUPED, 4, same_loss=True),
     Cell("features", "llava", _SEEN, features, CACHED, 4, same_loss=True),
     Cell("memory", "llava", "saved for the backward pass", saved, SAVED, 1, "MB"),
+    Cell("questions", "llava", _ASKED, questions, ASKED, 4),
     Cell("first", "thin", _FIRST, first_step, FIRST, 10, same_loss=True),
     Cell("first", "llava", _FIRST, first_step, FIRST, 2, same_loss=True),
     Cell("generate", "generate", "greedy, left-padded, a cache", generation, GENERATED, 4, peer="generate"),
@@ -191,7 +193,7 @@ CELLS: tuple[Cell, ...] = (
     ),
     _large("edits", "llava-7b-dense", "forward and backward of the edits alone", edits_alone, EDITED, 9),
     _large("generate", "llava-7b-generate", "greedy, left-padded, a cache, pictures", generation, GENERATED, 3),
-    _large("questions", "llava-7b-questions", "five questions about one picture, greedy", questions, ASKED, 3),
+    _large("questions", "llava-7b-questions", _ASKED, questions, ASKED, 3),
     _large("attach", "llava-7b", _ATTACH, attaching, ((LORA, REFT),), 3),
     _large("first", "llava-7b", _FIRST, first_step, FIRST, 3, same_loss=True),
     _large(

@@ -115,7 +115,7 @@ def test_all_sides_of_a_step_start_at_one_loss(setup):
     assert losses.keys() == {LORA, ANSWER_LORA, PLAIN, REUSE, FLOOR, FORWARD}
     assert list(losses.values()) == pytest.approx([losses[PLAIN]] * 6, rel=1e-6)
     flops = {name: side["gflop"] for name, side in record["sides"].items()}
-    assert flops[FORWARD] < flops[REUSE] < flops[PLAIN] < flops[ANSWER_LORA] < flops[LORA]
+    assert max(flops[FORWARD], flops[REUSE]) < flops[PLAIN] < flops[ANSWER_LORA] < flops[LORA]
 
 
 def test_unequal_work_is_refused(setup):

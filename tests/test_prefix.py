@@ -356,7 +356,7 @@ def test_keeps_less_for_the_backward_pass(attached):
     model.train()
     plain = saved_bytes(lambda: model(**batch).loss)
     with PrefixReuse(reft, required=True).cut(batch) as rest:
-        assert saved_bytes(lambda: model(**rest).loss) < plain / 4
+        assert saved_bytes(lambda: model(**rest).loss) < plain / 3.5
 
 
 def train(tmp_path, reuse_prefix, **more):

@@ -515,6 +515,7 @@ def test_where_looking_costs_a_synchronisation_it_is_done_when_something_is_due(
     assert last_checkpoint(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_broken_gradient_is_laid_to_the_step_that_had_it(tmp_path):
     broken, trainer = breaking(tmp_path, "gradient", save_strategy="no")
     with pytest.raises(FloatingPointError, match="the trained numbers were broken before it") as caught:

@@ -66,7 +66,9 @@ def test_every_task_has_its_files_made_here():
     assert set(TASKS) == set(FOLDERS) | set(DEMO)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
 def test_a_task_runs_end_to_end(name, tmp_path):
     output = tmp_path / "run"
     data = start(name, make(name, tmp_path), output)

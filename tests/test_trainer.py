@@ -465,7 +465,7 @@ def progress(trainer):
     return [{k: v for k, v in entry.items() if not k.endswith(own)} for entry in trainer.state.log_history]
 
 
-@pytest.mark.parametrize("start", [4, 6, 9])
+@pytest.mark.parametrize("start", [4, *(pytest.param(start, marks=pytest.mark.slow) for start in (6, 9))])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resuming_gives_the_uninterrupted_run_bit_for_bit(kind, start, accumulate, tmp_path):
     """Steps 4 and 9 are inside of an epoch of six, with shuffling and dropout on the edit."""

@@ -350,13 +350,13 @@ def saved_bytes(run):
 
 def test_keeps_less_for_the_backward_pass(attached):
     model, reft = attached("llama", intervention("loreft", positions="prompt:l2"))
-    batch = {"input_ids": torch.randint(3, 30, (2, 200)), "attention_mask": torch.ones(2, 200, dtype=torch.long)}
+    batch = {"input_ids": torch.randint(3, 30, (2, 400)), "attention_mask": torch.ones(2, 400, dtype=torch.long)}
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, :-4] = -100
     model.train()
     plain = saved_bytes(lambda: model(**batch).loss)
     with PrefixReuse(reft, required=True).cut(batch) as rest:
-        assert saved_bytes(lambda: model(**rest).loss) < plain / 3.5
+        assert saved_bytes(lambda: model(**rest).loss) < plain / 4
 
 
 def train(tmp_path, reuse_prefix, **more):

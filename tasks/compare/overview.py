@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.compare.results import as_table
+
 Record = Mapping[str, Any]  # what is in a `compare.json`
 
 
@@ -27,7 +29,7 @@ def overview(records: Sequence[Record]) -> str:
     scores = [["base", *(f"{_base(record):.3f}" for record in records)]]
     scores += [[titles[name], *(_score(found.get(name)) for found in lines)] for name in names]
     costs = [[titles[name], *_costs(name, records, lines, first)] for name in names]
-    return f"{_table(['method', *tasks], scores)}\n\n{_table(['method', *COSTS], costs)}"
+    return f"{as_table(['method', *tasks], scores)}\n\n{as_table(['method', *COSTS], costs)}"
 
 
 COSTS = ("trained numbers", "file, kB", "step, of the first's", "memory, of the first's", "forgotten")
@@ -66,11 +68,6 @@ def _lost(record: Record, line: Record) -> list[float]:
     for part, score in record["base"].items():
         base.setdefault(part.partition("/")[0], []).append(score)
     return [statistics.fmean(base[task]) - score for task, score in line["own"].items()]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, marks, *rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

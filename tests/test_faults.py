@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 import vlreft
 from vlreft.saving.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vlreft.training.folders import REPLACED, STAGING, last_checkpoint, put_back
+from vlreft.training.watch import COLLATING, COUNT, DOING, PID, WatchedRows
 
 ROOT = Path(__file__).parent.parent
 CONFIG = vlreft.ReftConfig(vlreft.Intervention("loreft", positions="f2+l2", rank=2))
@@ -598,6 +599,17 @@ def test_a_worker_that_dies_names_the_sample(end, tmp_path):
     data = Rows(WORKER_ENDS[end])
     told = told_of_a_death(trainer_in(tmp_path, parts={"train_dataset": data}, dataloader_num_workers=2))
     assert f"a data-loader worker died while it read sample {BAD} of the training" in told
+
+
+def test_a_death_that_is_told_while_we_look_for_it(monkeypatch):
+    """A worker's pipe breaks, and torch's signal handler raises before its process is seen to have ended."""
+    watched = WatchedRows([0] * 20, list, num_workers=1, batch_size=2)
+    watched.at_WN[0, PID], watched.at_WN[0, DOING], watched.at_WN[0, COUNT] = os.getpid(), COLLATING, 0
+    told = f"DataLoader worker (pid {os.getpid()}) exited unexpectedly with exit code 3."
+    monkeypatch.setattr(watched, "_dead", lambda: (_ for _ in ()).throw(RuntimeError(told)))
+    where = watched.dead_worker(EOFError())
+    assert where is not None
+    assert "made a batch" in where
 
 
 def test_a_worker_that_dies_over_a_batch_names_the_batch(tmp_path):

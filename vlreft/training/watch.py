@@ -82,7 +82,10 @@ class WatchedRows(Dataset[Any]):
             is_told = str(error).startswith("DataLoader worker")
             pids = {int(text) for text in re.findall(r"\d+", str(error).partition("pid")[2])} if is_told else set()
         else:
-            pids = self._dead()
+            try:
+                pids = self._dead()
+            except RuntimeError as told:  # torch tells of it out of a signal handler, perhaps while we look
+                return self.dead_worker(told)
         if not pids:
             return None
         said = [_where(row) for row in self.at_WN.tolist() if row[PID] in pids and row[DOING] != IDLE]

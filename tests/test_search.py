@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +420,33 @@ class Priced:
         for rung in range(len(fidelity.rungs)):
             report(rung + 1, value)
         return Result(value, 1, cost, 1.0, 100, 100, 0, dev_spent=dev)
+
+
+@dataclass
+class Fast:
+    """A bench where the highest learning rate is best, and nothing else matters; what it was asked for, in order."""
+
+    setup: Any
+    dev: range = range(300)
+    asked: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def run(self, _method, choice, fidelity, *, report, **_):
+        self.asked.append(choice)
+        for rung in range(len(fidelity.rungs)):
+            report(rung + 1, choice["learning_rate"])
+        return result(choice["learning_rate"])
+
+
+def test_the_first_kind_of_place_finds_the_rate_for_the_others(bench, tmp_path):
+    starts = ReftMethod().space(bench.setup).starts
+    fast = Fast(bench.setup)
+    search(fast, tmp_path, Budget(5, "trials")).run()
+    search(fast, tmp_path, Budget(3 * len(starts), "trials")).run()  # goes on
+    placed = [one for one in fast.asked if "epochs" not in one][: len(starts) + 2]
+    assert [{**one, "learning_rate": 0} for one in placed] == [
+        {**one, "learning_rate": 0} for one in (*starts[:1] * 3, *starts[1:])
+    ]
+    assert [one["learning_rate"] for one in placed] == [0.01, 0.032, 0.0032] + [0.032] * (len(starts) - 1)
 
 
 @pytest.mark.parametrize("dearest", ["first", "later"])

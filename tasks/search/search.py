@@ -1,8 +1,9 @@
 """`Search`: placement first, then how it is trained, as the ReFT paper's appendix D.2 recommends, within a budget.
 
-The first stage trains briefly and asks only some of dev; what is best there is trained as long as it will be in the
-end, with other learning rates and the like, and asked all of dev. In both, trials that are behind at a rung are given
-up (ASHA; Li et al. 2020, "A system for massively parallel hyperparameter tuning"). The test is not known here.
+The first stage trains briefly and asks only some of dev: the first kind of place with each of a few learning rates, the
+other kinds with the best of these, then what TPE makes of them. What is best there is trained as long as it will be in
+the end, with other learning rates and the like, and asked all of dev. In both, trials that are behind at a rung are
+given up (ASHA; Li et al. 2020, "A system for massively parallel hyperparameter tuning"). The test is not known here.
 """
 
 import json
@@ -69,6 +70,7 @@ class Search:
         self.full = Fidelity(epochs, None)
         self.identity = {**identity, "method": method.name, "epochs": epochs, "unit": budget.unit}
         self.storage = storage
+        self._is_broad = False  # whether all kinds of places were put in line
         self.first = self._first_stage() if self.space.placement else None
         self.last: Stage | None = None
 
@@ -79,8 +81,20 @@ class Search:
         space = {**self.space.placement, "learning_rate": CategoricalDistribution(rates)}
         name = f"{self.method.name}/placement"
         stage = Stage(self.storage, name, space, self.identity, seed=self.seed, plain=self._plain)
-        stage.start_with([{**start, "learning_rate": rates[len(rates) // 2]} for start in self.space.starts])
+        middle, first = rates[len(rates) // 2], self.space.starts[:1]
+        stage.start_with([{**start, "learning_rate": middle} for start in first])
+        others = [rate for rate in reversed(rates) if rate != middle]
+        stage.start_with(
+            [{**start, "learning_rate": one} for one in others for start in first], name="rates", whole=False
+        )
         return stage
+
+    def _go_on_with_places(self, stage: Stage) -> None:
+        """Let the other kinds of places be tried, with the learning rate that was best for the first kind."""
+        rates = coarse(self.space.training["learning_rate"])
+        rate = next((one.choice["learning_rate"] for one in stage.best(1)), rates[len(rates) // 2])
+        stage.start_with([{**start, "learning_rate": rate} for start in self.space.starts[1:]], name="places")
+        self._is_broad = True
 
     def _last_stage(self, finalists: list[str]) -> Stage:
         space: dict[str, BaseDistribution] = {**self.space.training, **COMMON}
@@ -139,6 +153,8 @@ class Search:
             typical = 0.0 if counts else _median([one.result.spent for one in stage.done() if one.is_whole])
             if typical > left and stage.best(1):
                 return  # it would be cut off before its end
+            if stage is self.first and not self._is_broad and stage.has_started():
+                self._go_on_with_places(stage)
             trial = stage.ask()
             if trial is None:
                 return

@@ -129,11 +129,18 @@ class Stage:
 
     # Trials ----------------------------------------------------------------------------------------------------------
 
-    def start_with(self, choices: Sequence[Mapping[str, Any]]) -> None:
-        """Let these be tried first, unless this study has trials already."""
-        if not self.study.get_trials(deepcopy=False):
-            for choice in choices:
-                self.study.enqueue_trial(dict(choice), user_attrs={START: True}, skip_if_exists=True)
+    def start_with(self, choices: Sequence[Mapping[str, Any]], *, name: str = "starts", whole: bool = True) -> None:
+        """Let these be tried next; all processes take those that the first one gives by this name.
+
+        whole: they are not given up at a rung: some kinds of places start slowly and end best.
+        """
+        for choice in self.agree(name, [dict(choice) for choice in choices]):
+            self.study.enqueue_trial(choice, user_attrs={START: whole}, skip_if_exists=True)
+
+    def has_started(self) -> bool:
+        """Whether all that was given to `start_with` has been tried."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+        return not any(START in trial.user_attrs for trial in waiting)
 
     def ask(self) -> optuna.Trial | None:
         """Return a trial that no process has done or does; None if the space seems exhausted."""
@@ -169,14 +176,11 @@ class Stage:
         return self._known[trial.number]
 
     def reporter(self, trial: optuna.Trial) -> Callable[[int, float], bool]:
-        """Return what takes a rung and its value, and says whether the trial should be given up.
-
-        Those of `start_with` are not: some kinds of places start slowly and end best.
-        """
+        """Return what takes a rung and its value, and says whether the trial should be given up."""
 
         def report(rung: int, value: float) -> bool:
             trial.report(value if math.isfinite(value) else -1e9, rung)
-            return START not in trial.user_attrs and trial.should_prune()
+            return not trial.user_attrs.get(START) and trial.should_prune()
 
         return report
 

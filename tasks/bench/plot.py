@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 LABELS = {
     "num_image_tokens": "image tokens in a row",
@@ -17,10 +18,14 @@ LABELS = {
     "num_edited": "edited blocks (the last ones)",
     "rank": "rank (of LoRA: twice that)",
 }
+MUCH = 5.0
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write one panel for each thing that grows: milliseconds of a step, medians with quartiles, on two log scales."""
+    """Write one panel for each thing that grows: milliseconds of a step, medians with quartiles.
+
+    Both scales are logarithmic; that of the milliseconds begins at 0 where nothing grows by more than `MUCH`.
+    """
     grown = [record for record in records if "at" in record and "sides" in record]
     if not grown:
         raise ValueError(
@@ -37,12 +42,19 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
             below = [side["median"] - side["quartiles"][0] for side in sides]
             above = [side["quartiles"][1] - side["median"] for side in sides]
             axis.errorbar(at, medians, yerr=[below, above], marker="o", markersize=3, capsize=2, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=LABELS[sweep], xticks=at, xticklabels=at)
+        axis.set(xscale="log", xlabel=LABELS[sweep], xticks=at, xticklabels=at)
+        medians = [side["median"] for record in panel for side in record["sides"].values()]
+        if max(medians) > MUCH * min(medians):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        else:
+            axis.set_ylim(0, 1.3 * max(medians))  # room for the legend
         axis.minorticks_off()
         axis.legend(fontsize=6)
     axes[0][0].set_ylabel("a training step, ms")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -623,7 +623,7 @@ def test_a_worker_that_dies_over_a_batch_names_the_batch(tmp_path):
     assert re.search(r"died while it made a batch of the samples \d+, \d+, \d+, \d+ of the", told)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_in_the_data_names_the_sample(workers, tmp_path):
     def told(**parts):
         with pytest.raises(KeyError) as caught:

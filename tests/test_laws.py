@@ -601,7 +601,9 @@ def rotations(reft: vlreft.Reft) -> list[Tensor]:
     return [orthonormal_rows(edit.rotation).detach() for edit in reft.edits.values()]
 
 
-@pytest.mark.parametrize("method", ["loreft", "direft", "consreft", "lobireft"])
+@pytest.mark.parametrize(
+    "method", ["loreft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("direft", "consreft", "lobireft"))]
+)
 def test_rotation_stays_orthonormal_in_training(method, attached, lend, tmp_path):
     family = FAMILIES["llama"]
     model, reft = attached(family, at("text", method, "prompt:l2"), is_shaken=False)

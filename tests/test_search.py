@@ -150,7 +150,14 @@ def test_the_same_seed_gives_the_same_training(tmp_path):
     assert one == other
 
 
-@pytest.mark.parametrize("on", [{"text": "prompt:l4"}, {"text": "question", "vision": "patches"}, {"image": "image"}])
+@pytest.mark.parametrize(
+    "on",
+    [
+        {"text": "prompt:l4"},
+        pytest.param({"text": "question", "vision": "patches"}, marks=pytest.mark.slow),
+        pytest.param({"image": "image"}, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_kept_changes_no_result(on, tmp_path):
     """Features and prefixes of an earlier trial serve the next, and give what a trial without any gives."""
     plain = make("demo_code", "demo-llava", features=None, prefixes=None)

@@ -17,7 +17,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCac
 from zoo import FAMILIES, Spy, intervention, plain_positions
 
 import vlreft
-from vlreft.running.streams import cache_in, cache_name
+from vlreft.running.streams import Call, cache_in, cache_name
 
 ROWS = tuple(FAMILIES.values())
 MODES: dict[str, dict[str, Any]] = {
@@ -84,6 +84,23 @@ def generate(family: Family, model: PreTrainedModel, samples: Sequence[Sample], 
 
 def answers(output: Any) -> list[list[int]]:
     return output.sequences[:, -NUM_TOKENS:].tolist()
+
+
+@pytest.mark.parametrize(("positions", "num_steps"), [("f2+l2", 1), ("response", NUM_TOKENS)])
+def test_steps_behind_the_prompt_ask_for_no_tokens_unless_answers_are_edited(
+    attached, monkeypatch, positions, num_steps
+):
+    family = FAMILIES["llama"]
+    model, _ = attached(family, intervention("loreft", layers=[0, 2], positions=positions))
+    calls, ask = [], Call.select
+
+    def count(call, *args):
+        calls.append(call)
+        return ask(call, *args)
+
+    monkeypatch.setattr(Call, "select", count)
+    generate(family, model, TEXT_ONLY)
+    assert len(set(map(id, calls))) == num_steps
 
 
 # Modes -------------------------------------------------------------------------------------------------------------

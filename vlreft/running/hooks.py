@@ -343,7 +343,7 @@ class Runtime:
     def _owner_starts(
         self, stream: Stream, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        stream.start_call(dict(zip(names, args, strict=False)) | kwargs)
+        stream.start_call(dict(zip(names, args, strict=False)) | kwargs, self.acting(stream.name))
 
     def _tower_starts(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tower_call = TowerCall(dict(zip(names, args, strict=False)) | kwargs, self.boxes_B4)
@@ -396,11 +396,14 @@ class Runtime:
     def _edit(self, key: Key, h: Tensor) -> Tensor:
         self.has_run.add(key)
         hooked = self.hooked[key]
-        site, shape = hooked.site, h.shape
+        site, given = hooked.site, h
         h = self._watch.in_the_blocks_shape(hooked.target, h, f"site '{site.name}' layer {hooked.layer}")
+        call = self.streams[site.stream].call if site.stream else None
+        if self.is_muted or (call is not None and call.is_over):
+            return given
         acting = sorted((item for item in hooked.items if item.switch.on), key=lambda item: item.switch.order)
-        if self.is_muted or not acting:
-            return h if h.shape == shape else h.reshape(shape)
+        if not acting:
+            return given
         if h.shape[-1] != hooked.target.width:
             raise ValueError(
                 f"site '{site.name}' layer {hooked.layer}: its states are {tuple(h.shape)}, not of the width "
@@ -412,7 +415,7 @@ class Runtime:
             selection = self._select(site, placed.selecting, h)
             h = h if selection is None else placed.act(h, selection)
         h = h.transpose(0, 1) if site.sequence_first else h
-        return h if h.shape == shape else h.reshape(shape)
+        return h if h.shape == given.shape else h.reshape(given.shape)
 
     def _select(self, site: Site, placed: Placed, h: Tensor) -> Selection | None:
         if not site.stream:

@@ -32,12 +32,16 @@ class Scope:
 
 @dataclass(eq=False)
 class Call:
-    """One run of a text stack inside a scope: which of its tokens are selected. A recomputed block needs it again."""
+    """One run of a text stack inside a scope: which of its tokens are selected. A recomputed block needs it again.
+
+    is_over: all tokens stand behind the prompt and nothing edits those: a decoding step asks no further.
+    """
 
     scope: Scope | None
     model_name: str
     offset: int | Tensor = 0
     has_cache: bool = False
+    is_over: bool = False
     selections: dict[tuple[object, ...], Selection | None] = field(default_factory=dict)
 
     def select(self, placed: Placed, shape: tuple[int, int], device: torch.device) -> Selection | None:
@@ -129,8 +133,8 @@ class Stream:
         if not self.is_fixed:
             self.scope = None
 
-    def start_call(self, arguments: Mapping[str, Any]) -> None:
-        """Begin a run of the stack, its owner's arguments given by name."""
+    def start_call(self, arguments: Mapping[str, Any], acting: Iterable[Placed]) -> None:
+        """Begin a run of the stack, its owner's arguments given by name, with what acts on it."""
         cache = cache_in(arguments.values())
         self.call = Call(self.scope, self.model_name, has_cache=cache is not None)
         if cache is not None:
@@ -139,6 +143,9 @@ class Stream:
             self.call.offset = length + 0
             if isinstance(length, Tensor) and length.device.type == "cpu" and not torch.compiler.is_compiling():
                 self.call.offset = int(length)
+        if self.scope is not None and self.scope.layout.grows and isinstance(self.call.offset, int):
+            is_behind = self.call.offset >= self.scope.layout.num_tokens
+            self.call.is_over = is_behind and not any(one.selecting.positions.segment == "response" for one in acting)
 
     def current_call(self) -> Call:
         """Return the current call, one without a scope if the stack's owner was not called."""

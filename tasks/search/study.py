@@ -138,8 +138,8 @@ class Stage:
             self.study.enqueue_trial(choice, user_attrs={START: whole}, skip_if_exists=True)
 
     def has_started(self) -> bool:
-        """Whether all that was given to `start_with` has been tried."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+        """Whether all that was given to `start_with` has been begun, by whatever process."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         return not any(START in trial.user_attrs for trial in waiting)
 
     def ask(self) -> optuna.Trial | None:

@@ -66,6 +66,8 @@ class Search:
         self.space: Space = method.space(bench.setup)
         if "learning_rate" not in self.space.training:
             raise ValueError(f"the search space of {method.name!r} is empty: not even a learning rate can be chosen")
+        self.rates = coarse(self.space.training["learning_rate"])
+        self.middle = self.rates[len(self.rates) // 2]
         self.low = Fidelity(epochs * FIRST_LENGTH, NUM_DEV_FIRST, (0.5, 1.0))
         self.full = Fidelity(epochs, None)
         self.identity = {**identity, "method": method.name, "epochs": epochs, "unit": budget.unit}
@@ -77,22 +79,19 @@ class Search:
     # Stages ----------------------------------------------------------------------------------------------------------
 
     def _first_stage(self) -> Stage:
-        rates = coarse(self.space.training["learning_rate"])
-        space = {**self.space.placement, "learning_rate": CategoricalDistribution(rates)}
+        space = {**self.space.placement, "learning_rate": CategoricalDistribution(self.rates)}
         name = f"{self.method.name}/placement"
         stage = Stage(self.storage, name, space, self.identity, seed=self.seed, plain=self._plain)
-        middle, first = rates[len(rates) // 2], self.space.starts[:1]
-        stage.start_with([{**start, "learning_rate": middle} for start in first])
-        others = [rate for rate in reversed(rates) if rate != middle]
+        first, others = self.space.starts[:1], [rate for rate in reversed(self.rates) if rate != self.middle]
+        stage.start_with([{**start, "learning_rate": self.middle} for start in first])
         stage.start_with(
-            [{**start, "learning_rate": one} for one in others for start in first], name="rates", whole=False
+            [{**start, "learning_rate": rate} for start in first for rate in others], name="rates", whole=False
         )
         return stage
 
     def _go_on_with_places(self, stage: Stage) -> None:
         """Let the other kinds of places be tried, with the learning rate that was best for the first kind."""
-        rates = coarse(self.space.training["learning_rate"])
-        rate = next((one.choice["learning_rate"] for one in stage.best(1)), rates[len(rates) // 2])
+        rate = next((one.choice["learning_rate"] for one in stage.best(1)), self.middle)
         stage.start_with([{**start, "learning_rate": rate} for start in self.space.starts[1:]], name="places")
         self._is_broad = True
 
@@ -101,8 +100,7 @@ class Search:
         if self.first is not None:
             space["placement"] = CategoricalDistribution(tuple(finalists))
         stage = Stage(self.storage, f"{self.method.name}/training", space, self.identity, seed=self.seed)
-        rates = coarse(self.space.training["learning_rate"])
-        plain = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0, "learning_rate": rates[len(rates) // 2]}
+        plain = {"epochs": 1.0, "warmup": 0.06, "weight_decay": 0.0, "learning_rate": self.middle}
         starts = [plain | ({"dropout": 0.0} if "dropout" in space else {})]
         if self.first is not None:  # each placement with the rate that was best for it
             best = {self._placed(one): one.choice["learning_rate"] for one in self.first.best(10**6)[::-1]}

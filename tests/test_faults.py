@@ -305,6 +305,40 @@ def test_killed_in_a_save_and_resumed_is_the_uninterrupted_run(call, left, whole
     assert names(tmp_path) == {"checkpoint-39", "checkpoint-40"}
 
 
+def train_and_die_in_a_deletion(folder):
+    """Train, and end by SIGKILL when the last but one checkpoint that goes is half gone."""
+    rmtree = shutil.rmtree
+
+    def dying(path, *args, **options):
+        files = sorted(Path(path).rglob("*.safetensors"))
+        if any("checkpoint-33" in str(file) for file in files):
+            files[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        rmtree(path, *args, **options)
+
+    shutil.rmtree = dying
+    trainer_in(folder).train()
+
+
+def test_killed_in_a_deletion_keeps_the_newest_checkpoints(whole, tmp_path):
+    code, *_ = in_a_fork(train_and_die_in_a_deletion, tmp_path)
+    assert code == -signal.SIGKILL
+    for path in tmp_path.glob("checkpoint-*/*.safetensors"):
+        os.utime(path.parent, (1, 1))  # the half one is by far the youngest
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-39")
+    assert same(resumed(tmp_path), whole[1])
+    assert names(tmp_path) == {"checkpoint-39", "checkpoint-40"}
+
+
+def test_killed_after_the_last_save_leaves_no_more_than_the_limit(whole, tmp_path):
+    for step in (39, 40):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    shutil.copytree(whole[0] / "checkpoint-3", tmp_path / "checkpoint-36")
+    (tmp_path / STAGING).mkdir()
+    assert same(resumed(tmp_path), whole[1])
+    assert names(tmp_path) == {"checkpoint-39", "checkpoint-40"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_20_random_moments_is_the_uninterrupted_run(seed, tmp_path):

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import shutil
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -15,16 +14,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from vlreft.saving.checkpoint import free_space
 from vlreft.training.folders import (
     STAGING,
     STATE_NAME,
     all_broken,
+    clear_staging,
     last_checkpoint,
     put_back,
     put_in_place,
+    retire,
     start_staging,
     why_broken,
 )
@@ -105,6 +105,8 @@ class SafeTraining(_TrainerType):
                 raise RuntimeError(f"a data-loader worker died {where}{self._last_good()} ({error})") from error
         if self._interruptions.asked is not None:  # too late to stop anything
             self._interruptions.stop("the training had come to its end")
+        if folder is not None and self.args.should_save:  # killed after its last save, before older ones had gone
+            retire(Path(super()._get_output_dir(trial)), self.args.save_total_limit, self.state.best_model_checkpoint)
         return output
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -260,18 +262,12 @@ class SafeTraining(_TrainerType):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _is_of_torch_save(error):
                 raise
-            put_back(run_dir)
-            shutil.rmtree(run_dir / STAGING, ignore_errors=True)
+            clear_staging(run_dir)
             raise self._cannot_write(run_dir / name, error) from error
         finally:
             self._staging = None
         if is_writer:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            retire(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
 

@@ -1,7 +1,7 @@
 """Checkpoint folders of a training run: whole or not there, and the last whole one found again.
 
-A checkpoint is written in `.saving/` beside its place, flushed to disk, and renamed into it. Whatever ends the process
-leaves the checkpoints that were there, and the new one or none of it.
+A checkpoint is written in `.saving/` beside its place, flushed to disk, and renamed into it; one that is to be deleted
+is renamed back first. Whatever ends the process leaves the checkpoints that were there, and the new one or none of it.
 """
 
 import json
@@ -12,22 +12,30 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from transformers.trainer_utils import sort_checkpoints
+
 from vlreft.saving.checkpoint import read_checkpoint, sync_folder
 
 logger = logging.getLogger("vlreft")
 
 STAGING = ".saving"
 REPLACED = "replaced-"
+RETIRED = "retired-"
 STATE_NAME = "trainer_state.json"
 
 
 def start_staging(run_dir: Path) -> Path:
     """Return the empty folder that a checkpoint is written in; what a killed process left in it is gone."""
-    put_back(run_dir)
+    clear_staging(run_dir)
     staging = run_dir / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
+
+
+def clear_staging(run_dir: Path) -> None:
+    """Remove the staging folder, but for a checkpoint that was about to be replaced."""
+    put_back(run_dir)
+    shutil.rmtree(run_dir / STAGING, ignore_errors=True)
 
 
 def put_in_place(run_dir: Path, name: str) -> None:
@@ -55,6 +63,22 @@ def put_back(run_dir: Path) -> None:
         target = run_dir / replaced.name.removeprefix(REPLACED)
         if not target.exists():
             replaced.replace(target)
+
+
+def retire(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Delete a run's oldest checkpoints beyond a limit, never the newest or the best.
+
+    As `transformers.trainer_utils.rotate_checkpoints` (5.24) does, which chooses by age. A folder that it is killed in
+    would be half there and, changed just now, seem the youngest, so that a whole one would go in its place.
+    """
+    if limit is None or limit <= 0:
+        return
+    paths = sort_checkpoints(str(run_dir), use_mtime=True)
+    kept = {*paths[-1:], *([str(Path(best))] if best is not None else [])}
+    for path in [path for path in paths if path not in kept][: max(len(paths) - max(limit, len(kept)), 0)]:
+        (run_dir / STAGING).mkdir(exist_ok=True)
+        Path(path).replace(run_dir / STAGING / f"{RETIRED}{Path(path).name}")
+    clear_staging(run_dir)
 
 
 def last_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:

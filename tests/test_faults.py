@@ -330,6 +330,21 @@ def test_killed_in_a_deletion_keeps_the_newest_checkpoints(whole, tmp_path):
     assert names(tmp_path) == {"checkpoint-39", "checkpoint-40"}
 
 
+def test_a_checkpoint_that_cannot_be_deleted_stays_and_says_so(whole, tmp_path, monkeypatch, caplog):
+    replace = Path.replace
+
+    def refusing(path, target):
+        if path == tmp_path / "checkpoint-6":
+            raise PermissionError("not allowed")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refusing)
+    with caplog.at_level(logging.WARNING, "vlreft"):
+        assert same(whole_run(tmp_path), whole[1])
+    assert "checkpoint-6 is beyond `save_total_limit`, and cannot be deleted" in caplog.text
+    assert names(tmp_path) == {"checkpoint-6", "checkpoint-39", "checkpoint-40"}
+
+
 def test_killed_after_the_last_save_leaves_no_more_than_the_limit(whole, tmp_path):
     for step in (39, 40):
         shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")

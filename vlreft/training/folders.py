@@ -54,7 +54,7 @@ def put_in_place(run_dir: Path, name: str) -> None:
         target.replace(run_dir / STAGING / f"{REPLACED}{name}")
     written.replace(target)
     sync_folder(run_dir)
-    shutil.rmtree(run_dir / STAGING, ignore_errors=True)
+    shutil.rmtree(run_dir / STAGING / f"{REPLACED}{name}", ignore_errors=True)
 
 
 def put_back(run_dir: Path) -> None:
@@ -66,18 +66,21 @@ def put_back(run_dir: Path) -> None:
 
 
 def retire(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """Delete a run's oldest checkpoints beyond a limit, never the newest or the best.
+    """Delete a run's oldest checkpoints beyond a limit, never the newest or the best, and the staging folder.
 
-    As `transformers.trainer_utils.rotate_checkpoints` (5.24) does, which chooses by age. A folder that it is killed in
-    would be half there and, changed just now, seem the youngest, so that a whole one would go in its place.
+    Chooses as `transformers.trainer_utils.rotate_checkpoints` (5.24) does, by age. A folder that is left half deleted
+    would be the youngest, changed just now, and a whole one would go in its place; so each is renamed first. One that
+    cannot be stays, with a warning.
     """
-    if limit is None or limit <= 0:
-        return
-    paths = sort_checkpoints(str(run_dir), use_mtime=True)
+    paths = sort_checkpoints(str(run_dir), use_mtime=True) if limit is not None and limit > 0 else []
     kept = {*paths[-1:], *([str(Path(best))] if best is not None else [])}
-    for path in [path for path in paths if path not in kept][: max(len(paths) - max(limit, len(kept)), 0)]:
-        (run_dir / STAGING).mkdir(exist_ok=True)
-        Path(path).replace(run_dir / STAGING / f"{RETIRED}{Path(path).name}")
+    num_old = max(len(paths) - max(limit or 0, len(kept)), 0)
+    for path in [Path(path) for path in paths if path not in kept][:num_old]:
+        try:
+            (run_dir / STAGING).mkdir(exist_ok=True)
+            path.replace(run_dir / STAGING / f"{RETIRED}{path.name}")
+        except OSError as error:
+            logger.warning("%s is beyond `save_total_limit`, and cannot be deleted: %s", path, error)
     clear_staging(run_dir)
 
 

@@ -1,6 +1,8 @@
 """Keeping the features of pictures changes what a step costs and nothing else."""
 
+import copy
 import functools
+import gc
 import logging
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from family import SAMPLES, WITH_IMAGES, noise
 from PIL import Image
 from processors import tiny_llava_model, tiny_llava_processor
 from test_families import heard
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 from transformers import TrainingArguments
 from zoo import FAMILIES, intervention, shake
 
@@ -308,6 +311,48 @@ def test_other_numbers_of_the_tower_are_another_tower():
     assert changed.equal(heard(model(**batch)))
     assert not changed.equal(inside)
     assert cache.num_hits == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_trained_tower_is_another_tower_after_each_step(fused):
+    """Fused optimizers write without torch's count of writes, and evaluation between steps has no gradient."""
+    family = FAMILIES["llava"]
+    model, batch, cache = family.build().eval(), family.batch(WITH_IMAGES), FeatureCache()
+    tower = model.model.vision_tower
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=0.1, fused=fused)
+
+    def take_step():
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def look():
+        with torch.no_grad():
+            seen.append((copy.deepcopy(tower.state_dict()), heard(model(**batch)), heard(model(**batch))))
+
+    seen = []
+    for _ in range(2):  # steps inside of a scope, and between two
+        with cache.on(model, required=False):
+            for _ in range(2):
+                look()
+                take_step()
+            look()
+        take_step()
+    assert cache.num_hits >= 6
+    for numbers, found, again in seen:
+        tower.load_state_dict(numbers)
+        with torch.no_grad():
+            assert found.equal(again)
+            assert found.equal(heard(model(**batch)))
+
+
+def test_what_counts_steps_goes_with_its_cache():
+    before = len(hooks)
+    caches = [FeatureCache(), vlreft.KeptPrefixes("1GB")]
+    assert len(hooks) == before + 2
+    del caches
+    gc.collect()
+    assert len(hooks) == before
 
 
 def test_each_precision_has_its_own():

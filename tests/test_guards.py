@@ -29,6 +29,7 @@ ARROWS = {
     "models.components": set(),
     "models.stacks": set(),
     "reuse.caches": set(),
+    "reuse.changes": set(),
     "reuse.grouping": set(),
     "reuse.stores": set(),
     "running.endings": set(),
@@ -53,7 +54,7 @@ ARROWS = {
     "models.sites": {"layout", "models.components", "models.quirks", "models.stacks"},
     "positions": {"layout", "selects"},
     "reuse.cuts": {"reuse.pieces"},
-    "reuse.kept": {"reuse.pieces", "reuse.stores"},
+    "reuse.kept": {"reuse.changes", "reuse.pieces", "reuse.stores"},
     "config": {"edit", "interventions", "models.components", "positions"},
     "drawing.shown": {"models.sites"},
     "placed": {"edit", "positions"},
@@ -92,7 +93,9 @@ ARROWS = {
         *("acting", "layout", "models.sites", "positions", "reft", "running.hooks", "running.pictures"),
         *("running.towers",),
     },
-    "reuse.features": {"models.sites", "models.stacks", "reft", "reuse.pieces", "reuse.stores", "running.hooks"},
+    "reuse.features": {
+        *("models.sites", "models.stacks", "reft", "reuse.changes", "reuse.pieces", "reuse.stores", "running.hooks"),
+    },
     "reuse.prefix": {
         *("layout", "reft", "reuse.caches", "reuse.cuts", "reuse.kept", "reuse.pieces", "running.endings"),
         *("running.streams", "selects"),

@@ -204,6 +204,28 @@ def test_prefixes_are_known_by_content(attached, tmp_path, on_disk):
     model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_trained_base_is_another_base(attached, fused):
+    """Fused optimizers write without torch's count of writes."""
+    family = FAMILIES["llava"]
+    model, reft = attached(family, intervention("loreft", positions="question:l2", layers="all"))
+    model.train()
+    reuse, batch = PrefixReuse(reft, required=True, kept=KeptPrefixes("1GB")), family.batch([SAMPLES[0]])
+    weight = model.get_submodule(family.text)[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    step(reuse, batch)
+    assert step(reuse, batch)[1] == 0
+    weight.requires_grad_(True)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], fused=fused).step()
+    weight.requires_grad_(False)
+    assert step(reuse, batch)[1] == 1
+    with torch.no_grad():
+        weight.copy_(before)
+    weight.grad = None
+    model.zero_grad(set_to_none=True)
+
+
 def test_dropout_forbids_to_keep(attached):
     family = FAMILIES["llava"]
     model, reft = attached(family, intervention("loreft", positions="question:l2", layers="all"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.compare.comparison import Comparison
 from tasks.methods.table import METHODS
+from tasks.search.budget import Unit
 from tasks.statistics import Comparison as Difference
 from tasks.statistics import holm, mean_sd, paired_bootstrap
 from tasks.table import TASKS
@@ -18,7 +19,8 @@ class Line:
     """One method. Scores are means over the seeds with their standard deviations (None for one seed).
 
     difference: of the first method from this one on the test, with p corrected for all comparisons of the table.
-    own: each own task's score; num_bytes: of the file of what was trained; step: milliseconds of a training step.
+    own: each own task's score; num_bytes: of the file of what was trained; step: milliseconds of a training step, of
+    the processor on a CPU, so that what runs beside does not count; by the clock where operations are the budget.
     spent: by the tuning; trained: by one final training.
     """
 
@@ -66,7 +68,7 @@ def lines_of(comparison: Comparison) -> list[Line]:
                 own={other: _own(data, other) for other in comparison.plan.own},
                 difference=differences.get(name),
                 p_value=corrected.get(name),
-                step=1e3 * statistics.median(trial["seconds"] / trial["steps"] for trial in trials),
+                step=1e3 * statistics.median(_step(trial, comparison.plan.budget.unit) for trial in trials),
                 peak_memory=max(trial["peak_memory"] for trial in trials),
                 prefill=None if cost is None else cost.prefill,
                 decode=None if cost is None else cost.decode,
@@ -77,6 +79,12 @@ def lines_of(comparison: Comparison) -> list[Line]:
             )
         )
     return lines
+
+
+def _step(trial: Mapping[str, Any], unit: Unit) -> float:
+    """Seconds of a step, dev's left out."""
+    seconds = trial["seconds"] if unit == "operations" else trial["spent"] - trial["dev_spent"]
+    return seconds / trial["steps"]
 
 
 def _own(data: Mapping[str, Any], name: str) -> float:

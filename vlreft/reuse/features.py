@@ -33,6 +33,7 @@ from transformers.utils.generic import ModelOutput
 from vlreft.models.sites import TEXT_STREAMS, Site, Sites, find_sites
 from vlreft.models.stacks import sub_configs
 from vlreft.reft import Adapters
+from vlreft.reuse.changes import Changes
 from vlreft.reuse.pieces import (
     NoPieces,
     Rule,
@@ -80,6 +81,7 @@ class FeatureCache:
         self.store: Store = MemoryStore(num_bytes) if folder is None else FolderStore(Path(folder), num_bytes)
         self.num_hits = 0
         self.num_misses = 0
+        self._changes = Changes()
         self._learned: WeakKeyDictionary[nn.Module, dict[str, _Learned]] = WeakKeyDictionary()
 
     def _learned_of(self, module: nn.Module, name: str) -> "_Learned":
@@ -122,7 +124,7 @@ class _Learned:
     """What is known of one function: its kinds of calls, and a hash of the numbers that it reads at these versions."""
 
     kinds: dict[object, _Kind] = field(default_factory=dict)
-    versions: list[tuple[int, int]] = field(default_factory=list)
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
     numbers: str = ""
 
 
@@ -132,6 +134,7 @@ class _Way:
 
     inside: the modules that its answer depends on. shorten: what of its output is kept. own: the function itself.
     learned: what is known of it from earlier calls, also of earlier scopes. refused: why calls of a kind are not kept.
+    changes: tells whether its numbers have changed.
     """
 
     model: nn.Module
@@ -140,6 +143,7 @@ class _Way:
     inside: frozenset[nn.Module]
     shorten: Callable[[Any], Tree]
     learned: _Learned
+    changes: Changes
     refused: dict[object, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -192,7 +196,7 @@ class _Way:
 
     def fingerprint(self) -> str:
         """Return a hash of all that features depend on beside the picture; numbers are read again if they changed."""
-        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.tensors.values()]
+        versions = self.changes.versions(self.tensors.values())
         if versions != self.learned.versions:
             self.learned.versions, self.learned.numbers = versions, content_key(self.tensors)
         config = getattr(self.module, "config", None)
@@ -242,7 +246,8 @@ class _Ways:
         self.all = [way for way in (self.features, self.tower) if way is not None]
 
     def _way(self, module: nn.Module, name: str, inside: frozenset[nn.Module], shorten: Callable[[Any], Tree]) -> _Way:
-        return _Way(self.model, module, name, inside, shorten, self.cache._learned_of(module, name))
+        learned = self.cache._learned_of(module, name)
+        return _Way(self.model, module, name, inside, shorten, learned, self.cache._changes)
 
     def check(self) -> None:
         """Refuse a model of which nothing can be kept."""

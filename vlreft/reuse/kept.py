@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from vlreft.reuse.changes import Changes
 from vlreft.reuse.pieces import split_arguments
 from vlreft.reuse.stores import FolderStore, MemoryStore, Packed, Store, bytes_of
 
@@ -44,6 +45,7 @@ class KeptPrefixes:
 
     def __init__(self, budget: int | str, folder: str | Path | None = None, *, required: bool = True) -> None:
         self.required = required
+        self.changes = Changes()
         try:
             self.budget = bytes_of(budget)
         except ValueError as error:

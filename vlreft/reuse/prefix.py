@@ -211,7 +211,7 @@ class PrefixReuse:
         base = ""
         if self.kept is not None:
             others = (parameter for parameter in self.reft.model.parameters() if id(parameter) not in self._own)
-            base = repr([(other.data_ptr(), 0 if other.is_inference() else other._version) for other in others])
+            base = repr(self.kept.changes.versions(others))
         device = inputs["input_ids"].device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         common = content_key(base, device, precision)

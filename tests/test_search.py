@@ -23,6 +23,7 @@ import vlreft
 from tasks import run as run_command
 from tasks.methods.method import Space
 from tasks.methods.reft import OFF, ReftMethod, layers_of, slots_of
+from tasks.methods.table import METHODS
 from tasks.protocol import Settings
 from tasks.search.__main__ import main
 from tasks.search.budget import Budget, Operations, Seconds, meter_of, parse_time
@@ -139,6 +140,14 @@ def test_a_trial_is_stopped_by_its_rung_and_by_the_budget(bench):
     found = bench.run(ReftMethod(), choice, BRIEF, limit=0.0)
     assert (found.steps, found.stopped, found.curve) == (1, "the budget was spent", [])
     assert found.dev == -math.inf
+
+
+def test_dev_is_of_the_tower_as_it_is_now():
+    """Features that were kept at one rung are not those of the next one, where the tower is trained."""
+    bench, choice = make("demo_bgr", "demo-llava", num_train=32, num_dev=32), {"part": "vision", "learning_rate": 2e-2}
+    often, once = (bench.run(METHODS["full"], choice, Fidelity(1.0, None, rungs)) for rungs in ((0.125, 1.0), (1.0,)))
+    assert often.curve[0][2] != once.dev
+    assert often.dev == once.dev
 
 
 def test_the_same_seed_gives_the_same_training(tmp_path):

@@ -32,6 +32,6 @@ def _counting(num_steps: WeakTensorKeyDictionary) -> Callable[[Optimizer, Any, A
     def count(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                num_steps[parameter] = num_steps.get(parameter, 0) + 1
+                num_steps[parameter] = (num_steps.get(parameter) or 0) + 1
 
     return count

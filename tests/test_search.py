@@ -142,6 +142,7 @@ def test_a_trial_is_stopped_by_its_rung_and_by_the_budget(bench):
     assert found.dev == -math.inf
 
 
+@pytest.mark.slow
 def test_dev_is_of_the_tower_as_it_is_now():
     """Features that were kept at one rung are not those of the next one, where the tower is trained."""
     bench, choice = make("demo_bgr", "demo-llava", num_train=32, num_dev=32), {"part": "vision", "learning_rate": 2e-2}

@@ -14,7 +14,7 @@ class Changes:
     """Knows tensors by where they lie and how often they were written to, for as long as it lives.
 
     torch counts what is written in place, but fused optimizers, as transformers takes them by default, write without
-    counting (torch 2.11 to 2.15): their steps are counted here. In-place writes through `tensor.data` stay unseen.
+    counting (seen with torch 2.14): their steps are counted here. In-place writes through `tensor.data` stay unseen.
     """
 
     def __init__(self) -> None:

@@ -600,6 +600,20 @@ print(found)
 """
 
 
+def test_a_file_that_goes_while_it_is_opened_is_not_there(tmp_path, monkeypatch):
+    """safetensors looks at it, and torch opens it again by its name."""
+    store = FolderStore(tmp_path, 10_000)
+    store.put("a", packed(1))
+    opened = torch.UntypedStorage.from_file
+
+    def dropped_before(*args, **kwargs):
+        (tmp_path / "a.safetensors").unlink()
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", dropped_before)
+    assert store.get("a") is None
+
+
 def test_two_processes_share_a_folder(tmp_path):
     command = [sys.executable, "-c", PROCESS]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -108,6 +108,10 @@ class FolderStore:
             json.loads(form)
         except FileNotFoundError:
             return None
+        except RuntimeError:  # torch opens it once more by its name: another process may have dropped it in between
+            if path.exists():
+                raise
+            return None
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no whole file of features ({error}); delete it") from error
         with suppress(FileNotFoundError):  # another process may have dropped it

@@ -72,8 +72,9 @@ class FeatureCache:
 
     budget: bytes, or a text as "2GB". folder: keep them there, in safetensors files, instead of in memory; processes
     and later runs share it. A feature is known by the pixels and all else that the processor made for the picture, and
-    by every number of the tower, so that nothing stale is ever found. num_hits, num_misses: pictures that were found,
-    and that had to be computed. Raises ValueError for a budget that is none.
+    by every number of the tower: nothing stale is found, but where numbers were written to through `tensor.data`.
+    num_hits, num_misses: pictures that were found, and that had to be computed. Raises ValueError for a budget that is
+    none.
     """
 
     def __init__(self, budget: int | str = "2GB", folder: str | os.PathLike[str] | None = None) -> None:
